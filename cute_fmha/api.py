@@ -1,0 +1,469 @@
+"""`attention` and `mla_decode`: validate on the host, allocate what was not given, call the op."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from cute_fmha import ops  # noqa: F401  (registers torch.ops.cute_fmha)
+from cute_fmha.dispatch import BACKENDS
+from cute_fmha.epilogues.base import EpilogueOp, register
+from cute_fmha.epilogues.cast import IDENTITY
+from cute_fmha.problem import HEAD_DIMS, MLA_HEAD_DIMS, BlockMask, SkipSoftmax
+from cute_fmha.stats import SkipStats
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_SPLITS = 256
+DEFAULT_WORKSPACE_BYTES = 128 << 20
+
+
+class _Ambient(threading.local):
+    """This thread's `skip_softmax` policy.
+
+    A ContextVar would follow asyncio tasks too, but Dynamo refuses to trace one (PyTorch 2.13). The
+    value is set in ``__init__`` because Dynamo does not guard on a class attribute that an instance
+    attribute hides later.
+    """
+
+    def __init__(self) -> None:
+        self.skip: SkipSoftmax | None = None
+
+
+_ambient = _Ambient()
+
+
+@contextlib.contextmanager
+def skip_softmax(policy: SkipSoftmax | None) -> Iterator[None]:
+    """Calls inside use ``policy`` where they pass ``skip=None``; the previous one returns on exit.
+
+    ``skip_softmax(None)`` switches skipping off inside an outer context.
+    """
+    previous = _ambient.skip
+    _ambient.skip = policy
+    try:
+        yield
+    finally:
+        _ambient.skip = previous
+
+
+def make_workspace(
+    device: torch.device | str = "cuda", nbytes: int = DEFAULT_WORKSPACE_BYTES
+) -> torch.Tensor:
+    """Scratch memory for split-KV: zeroed uint8 ``[nbytes]``, reusable by any later call.
+
+    Calls that share a workspace must be ordered (same stream, or synchronised): it holds the
+    partial results and the semaphores, which every launch leaves at zero. Do not write to it.
+    """
+    return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+
+
+def _require(condition: bool, argument: str, got: object, allowed: object, *values: object) -> None:
+    """Refuse with what was ``got`` and what is ``allowed``, a template for ``values`` if any.
+
+    Formatting waits for the failure: done eagerly it would cost host time on every call, and a
+    symbolic size that is made a string specialises a compiled graph to one batch size.
+    """
+    if not condition:
+        text = str(allowed).format(*values) if values else allowed
+        raise ValueError(f"{argument}: got {got}; allowed: {text}")
+
+
+def _require_value(condition: bool, argument: str, value: object, allowed: str) -> None:
+    """`_require` that shows ``repr(value)``, taken only on failure: Dynamo cannot trace it."""
+    if not condition:
+        _require(False, argument, repr(value), allowed)
+
+
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor | None,
+    like: torch.Tensor,
+    dtype: torch.dtype,
+    shape: tuple[int | None, ...],
+    meaning: str,
+    contiguous: bool = True,
+) -> None:
+    """Refuse a tensor whose device, dtype, shape (None: any) or last stride is not as stated."""
+    if tensor is None:
+        return
+    _require(
+        isinstance(tensor, torch.Tensor), name, type(tensor).__name__, "a torch.Tensor {}", meaning
+    )
+    _require(tensor.device == like.device, f"{name} device", tensor.device, like.device)
+    _require(tensor.dtype == dtype, f"{name} dtype", tensor.dtype, dtype)
+    matches = tensor.dim() == len(shape) and all(
+        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
+    )
+    if not matches:
+        sizes = ", ".join("any" if want is None else str(want) for want in shape)
+        _require(False, f"{name} shape", tuple(tensor.shape), "{} = [{}]", meaning, sizes)
+    if contiguous and tensor.dim() > 0 and tensor.numel() > 0:
+        _require(
+            tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
+            f"{name} strides", tuple(tensor.stride()), "a contiguous last dimension",
+        )  # fmt: skip
+
+
+def _no_grad_check(**tensors: torch.Tensor | None) -> None:
+    if not torch.is_grad_enabled():
+        return
+    for name, tensor in tensors.items():
+        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+            raise NotImplementedError(
+                f"{name}.requires_grad is True, and cute_fmha has no backward pass: call it under "
+                "torch.no_grad() or torch.inference_mode(), or train with "
+                "torch.nn.functional.scaled_dot_product_attention"
+            )
+
+
+def _resolve_scale(scale: float | None, width: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(width)
+    _require_value(
+        isinstance(scale, (int, float)) and 0 < scale < math.inf,
+        "scale", scale, "None or a finite number > 0",
+    )  # fmt: skip
+    return float(scale)
+
+
+def _resolve_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
+    left, right = -1, -1
+    if window is not None:
+        pair = isinstance(window, (tuple, list)) and len(window) == 2
+        valid = pair and all(isinstance(w, int) and w >= -1 for w in window)
+        _require(valid, "window", window, "None or (left, right), integers >= -1 (-1: unbounded)")
+        left, right = window
+    return left, (0 if causal else right)
+
+
+def _resolve_softcap(softcap: float) -> float:
+    _require_value(
+        isinstance(softcap, (int, float)) and 0 <= softcap < math.inf,
+        "softcap", softcap, "0 (off) or a finite number > 0",
+    )  # fmt: skip
+    return float(softcap)
+
+
+def _resolve_splits(num_splits: int | None) -> int:
+    if num_splits is None:
+        return 0
+    _require_value(
+        isinstance(num_splits, int) and 1 <= num_splits <= MAX_SPLITS,
+        "num_splits", num_splits, f"None (automatic) or an integer in [1, {MAX_SPLITS}]",
+    )  # fmt: skip
+    return num_splits
+
+
+def _resolve_skip(
+    skip: SkipSoftmax | None, like: torch.Tensor
+) -> tuple[bool, torch.Tensor | None, float, bool]:
+    """(enabled, device λ or factor, host λ or factor, relative to the KV length?)."""
+    if skip is None:
+        skip = _ambient.skip
+    if skip is None:
+        return False, None, 0.0, False
+    _require(
+        isinstance(skip, SkipSoftmax),
+        "skip",
+        type(skip).__name__,
+        "a cute_fmha.SkipSoftmax or None",
+    )
+    value = skip.value
+    if isinstance(value, torch.Tensor):
+        _require(value.device == like.device, "skip tensor device", value.device, like.device)
+        return True, value, 0.0, skip.relative
+    return skip.enabled, None, float(value), skip.relative
+
+
+def _resolve_common(
+    q: torch.Tensor,
+    sink: torch.Tensor | None,
+    stats: SkipStats | None,
+    workspace: torch.Tensor | None,
+    backend: str,
+) -> torch.Tensor | None:
+    """Checks that both calls share; returns the counters of ``stats``."""
+    _check_tensor("sink", sink, q, torch.float32, (q.shape[-2],), "[Hq]")
+    _require_value(backend in BACKENDS, "backend", backend, ", ".join(BACKENDS))
+    _check_tensor(
+        "workspace", workspace, q, torch.uint8, (None,), "1-dimensional, from make_workspace()"
+    )
+    if stats is None:
+        return None
+    _require(isinstance(stats, SkipStats), "stats", type(stats).__name__, "a cute_fmha.SkipStats")
+    _check_tensor("stats counters", stats.counters, q, torch.int64, (2,), "[2] on the device of q")
+    return stats.counters
+
+
+def _outputs(
+    q: torch.Tensor,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
+    epilogue: EpilogueOp | None,
+    head_dim_v: int,
+    lse_shape: tuple[int, ...],
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, str]:
+    op = IDENTITY if epilogue is None else epilogue
+    _require(isinstance(op, EpilogueOp), "epilogue", type(op).__name__, "an EpilogueOp or None")
+    shape = (*q.shape[:-1], head_dim_v)
+    out_dtype = op.out_dtype(q.dtype)
+    lse: torch.Tensor | None = None
+    if isinstance(out, tuple):
+        _require(
+            return_lse and len(out) == 2, "out", "a tuple", "(out, lse) together with return_lse"
+        )
+        out, lse = out
+        _check_tensor("out[1] (lse)", lse, q, torch.float32, lse_shape, "LSE", False)
+        _require(lse.is_contiguous(), "out[1] (lse) strides", lse.stride(), "contiguous")
+    elif return_lse:
+        lse = q.new_empty(lse_shape, dtype=torch.float32)
+    if out is None:
+        out = q.new_empty(shape, dtype=out_dtype)
+    else:
+        _check_tensor("out", out, q, out_dtype, shape, "[..., Hq, Dv]")
+    return out, lse, register(op)
+
+
+def _check_query(q: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
+    """q first and alone: every other tensor is compared with it."""
+    _require(isinstance(q, torch.Tensor), "q", type(q).__name__, f"a torch.Tensor {meaning}")
+    _require(q.dtype in DTYPES, "q dtype", q.dtype, ", ".join(map(str, DTYPES)))
+    _check_tensor("q", q, q, q.dtype, shape, meaning)
+
+
+def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_dim: int, kv_dim: int) -> None:
+    meaning = "{} dimensions (see cute_fmha.attention)"
+    _check_query(q, (None,) * q_dim, meaning.format(q_dim))
+    for name, tensor in (("k", k), ("v", v)):
+        _require(isinstance(tensor, torch.Tensor), name, type(tensor).__name__, "a torch.Tensor")
+        _check_tensor(name, tensor, q, q.dtype, (None,) * kv_dim, meaning.format(kv_dim))
+    _require(
+        k.shape[:-1] == v.shape[:-1],
+        "v shape",
+        tuple(v.shape),
+        "that of k, {}, but Dv",
+        k.shape,
+    )
+    pair = (q.shape[-1], v.shape[-1])
+    _require(
+        pair == (192, 128) or (pair[0] == pair[1] and pair[0] in HEAD_DIMS),
+        "head dims (D, Dv)", pair, "equal pairs of {}, and (192, 128)", HEAD_DIMS,
+    )  # fmt: skip
+    _require(k.shape[-1] == q.shape[-1], "k head dim", k.shape[-1], "that of q, {}", q.shape[-1])
+    _require(
+        k.shape[-2] > 0 and q.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0,
+        "heads (Hq, Hkv)", (q.shape[-2], k.shape[-2]), "Hq a positive multiple of Hkv",
+    )  # fmt: skip
+
+
+def _resolve_max_seqlen(name: str, value: int | None, packed: bool, dense: int) -> int:
+    if not packed:
+        return dense
+    cu_seqlens = f"cu_seqlens_{name[-1]}"
+    _require_value(
+        isinstance(value, (int, torch.SymInt)) and value >= 0,
+        name, value, f"an integer >= 0 with packed input ({cu_seqlens} is on the device)",
+    )  # fmt: skip
+    assert value is not None
+    return value
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    window: tuple[int, int] | None = None,
+    sink: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    block_mask: BlockMask | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    block_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    skip: SkipSoftmax | None = None,
+    stats: SkipStats | None = None,
+    epilogue: EpilogueOp | None = None,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    workspace: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Any:
+    """Exact or skip-softmax attention, ``softmax(mask(cap(scale · q kᵀ))) v``, in one launch.
+
+    Args:
+        q: ``[B, Sq, Hq, D]``, or packed ``[total_q, Hq, D]`` with ``cu_seqlens_q``; bf16, fp16 (or
+            fp32 where a backend takes it). The last dimension is contiguous, here and below.
+        k, v: ``[B, Sk, Hkv, D]``, ``[B, Sk, Hkv, Dv]``; packed ``[total_k, Hkv, D or Dv]`` with
+            ``cu_seqlens_k``; or paged ``[pages, page_size, Hkv, D or Dv]`` with ``block_table``
+            and ``seqused_k``. (D, Dv): 64, 96, 128, 256, 512 alike, or (192, 128). Hq is a
+            multiple of Hkv.
+        scale: multiplies q·k; None is 1/√D.
+        causal: query i sees keys up to ``i + Sk − Sq`` (bottom-right aligned).
+        window: ``(left, right)`` keys on each side of that diagonal, −1 unbounded; with
+            ``causal`` the right side is 0.
+        sink: FP32 ``[Hq]`` logits that join the softmax denominator only.
+        softcap: c > 0 replaces a score s by ``c · tanh(s / c)``.
+        block_mask: a `BlockMask`.
+        cu_seqlens_q, cu_seqlens_k: int32 ``[B + 1]`` prefix sums on the device.
+        max_seqlen_q, max_seqlen_k: host upper bounds of the packed lengths.
+        block_table: int32 ``[B, max_pages]``; entries past a sequence's length are never read.
+        seqused_k: int32 ``[B]`` keys in use per sequence (required with ``block_table``).
+        skip: a `SkipSoftmax`; None takes the policy of the enclosing `skip_softmax` context.
+        stats: a `SkipStats` whose counters are increased on the device.
+        epilogue: an `EpilogueOp`; None stores in the dtype of q.
+        return_lse: also return the natural-log log-sum-exp (sink included).
+        num_splits: KV splits of the decode kernels; None chooses, a fixed number gives
+            batch-invariant, run-to-run identical results.
+        out: the output tensor, or ``(out, lse)`` with ``return_lse``.
+        workspace: from `make_workspace`; None uses one that the library keeps per stream.
+        backend: ``auto``, ``blackwell``, ``triton``, ``reference`` or ``emulator``; a named one
+            never falls back.
+
+    Returns:
+        ``out`` ``[..., Hq, Dv]`` shaped like q, or ``(out, lse)`` with FP32 ``lse``
+        ``[B, Hq, Sq]`` (packed q: ``[Hq, total_q]``). A row with nothing to attend to gives 0 and
+        −inf.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and what is allowed.
+        NotImplementedError: the backend cannot run this problem, or gradients were asked for.
+    """
+    _no_grad_check(q=q, k=k, v=v, sink=sink)
+    packed_q, packed_k, paged = (
+        cu_seqlens_q is not None, cu_seqlens_k is not None, block_table is not None
+    )  # fmt: skip
+    _require(
+        packed_q == packed_k or (packed_q and paged),
+        "cu_seqlens_q, cu_seqlens_k", "only one of them",
+        "both (packed q, k and v), none, or cu_seqlens_q with block_table",
+    )  # fmt: skip
+    _require(
+        not (packed_k and paged), "block_table", "given with cu_seqlens_k", "paged or packed keys"
+    )
+    _check_qkv(q, k, v, 3 if packed_q else 4, 3 if packed_k else 4)
+    counters = _resolve_common(q, sink, stats, workspace, backend)
+    batch = q.shape[0]
+    if cu_seqlens_q is not None:
+        _check_tensor("cu_seqlens_q", cu_seqlens_q, q, torch.int32, (None,), "[B + 1]")
+        batch = cu_seqlens_q.shape[0] - 1
+        _require(batch >= 0, "cu_seqlens_q shape", (0,), "[B + 1]")
+    _check_tensor("cu_seqlens_k", cu_seqlens_k, q, torch.int32, (batch + 1,), "[B + 1]")
+    _check_tensor("block_table", block_table, q, torch.int32, (batch, None), "[B, max_pages]")
+    _check_tensor("seqused_k", seqused_k, q, torch.int32, (batch,), "[B]")
+    if block_table is not None:
+        _require(seqused_k is not None, "seqused_k", None, "int32 [{}] with block_table", batch)
+        max_k = block_table.shape[1] * k.shape[1]
+    else:
+        _require(packed_k or k.shape[0] == batch, "k batch", k.shape[0], "that of q, {}", batch)
+        max_k = _resolve_max_seqlen("max_seqlen_k", max_seqlen_k, packed_k, k.shape[1])
+    max_q = _resolve_max_seqlen("max_seqlen_q", max_seqlen_q, packed_q, q.shape[1])
+    mask, mask_m, mask_n = None, 0, 0
+    if block_mask is not None:
+        _require(
+            isinstance(block_mask, BlockMask), "block_mask", type(block_mask).__name__,
+            "a cute_fmha.BlockMask or None",
+        )  # fmt: skip
+        mask, mask_m, mask_n = block_mask.mask, block_mask.block_m, block_mask.block_n
+        blocks = (-(-max_q // mask_m), -(-max_k // mask_n))
+        meaning = "[1 or B, 1 or Hq, blocks of Sq, blocks of Sk]"
+        _check_tensor("block_mask", mask, q, torch.bool, (None, None, *blocks), meaning)
+        _require(
+            mask.shape[0] in (1, batch) and mask.shape[1] in (1, q.shape[-2]),
+            "block_mask shape", tuple(mask.shape), "[1 or {}, 1 or {}, {}, {}]", batch,
+            q.shape[-2], *blocks,
+        )  # fmt: skip
+    left, right = _resolve_window(window, causal)
+    skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
+    lse_shape = (q.shape[1], q.shape[0]) if packed_q else (batch, q.shape[2], q.shape[1])
+    result, lse, key = _outputs(q, out, epilogue, v.shape[-1], lse_shape, return_lse)
+    torch.ops.cute_fmha.attention(
+        q, k, v, result, lse, workspace, counters, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+        block_table, seqused_k, mask, mask_m, mask_n, sink, skip_tensor,
+        _resolve_scale(scale, q.shape[-1]), left, right, _resolve_softcap(softcap), skip_on,
+        skip_value, skip_relative, _resolve_splits(num_splits), key, backend,
+    )  # fmt: skip
+    return result if lse is None else (result, lse)
+
+
+def mla_decode(
+    q: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cache_seqlens: torch.Tensor,
+    *,
+    head_dim_v: int = 512,
+    scale: float | None = None,
+    causal: bool = True,
+    window: tuple[int, int] | None = None,
+    sink: torch.Tensor | None = None,
+    softcap: float = 0.0,
+    skip: SkipSoftmax | None = None,
+    stats: SkipStats | None = None,
+    epilogue: EpilogueOp | None = None,
+    return_lse: bool = False,
+    num_splits: int | None = None,
+    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    workspace: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Any:
+    """Absorbed multi-head latent attention over a paged latent cache, in one launch.
+
+    Every head shares one key row per token, the latent (512 values, then 64 of rope for 576); the
+    value row is its first ``head_dim_v`` columns, so the cache is read once.
+
+    Args:
+        q: ``[B, Sq, Hq, 576]`` (or 512): the absorbed queries of the last Sq tokens.
+        kv_cache: ``[pages, page_size, 1, 576]`` (or 512), the dtype of q.
+        block_table: int32 ``[B, max_pages]``; entries past a sequence's length are never read.
+        cache_seqlens: int32 ``[B]`` tokens in the cache, the Sq new ones included. Read on the
+            device only: a CUDA graph follows changes.
+        head_dim_v: width of the value, 512.
+        scale: None is 1/√(q width); a DeepSeek model passes its own, 1/√192 times its YaRN factor.
+        causal: order the Sq new tokens (bottom-right aligned).
+        window, sink, softcap, skip, stats, epilogue, return_lse, num_splits, out, workspace,
+            backend: as for `attention`.
+
+    Returns:
+        ``out`` ``[B, Sq, Hq, head_dim_v]``, or ``(out, lse)`` with FP32 ``lse`` ``[B, Hq, Sq]``.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it and what is allowed.
+        NotImplementedError: the backend cannot run this problem, or gradients were asked for.
+    """
+    _no_grad_check(q=q, kv_cache=kv_cache, sink=sink)
+    _check_query(q, (None,) * 4, "[B, Sq, Hq, 576 or 512]")
+    width = q.shape[3]
+    _require(
+        (width, head_dim_v) in MLA_HEAD_DIMS, "(q width, head_dim_v)", (width, head_dim_v),
+        ", ".join(map(str, MLA_HEAD_DIMS)),
+    )  # fmt: skip
+    _require(q.shape[2] > 0, "q heads", q.shape[2], "at least 1")
+    meaning = "[pages, page_size, 1, width of q]"
+    _check_tensor("kv_cache", kv_cache, q, q.dtype, (None, None, 1, width), meaning)
+    counters = _resolve_common(q, sink, stats, workspace, backend)
+    batch = q.shape[0]
+    _require(block_table is not None, "block_table", None, "int32 [{}, max_pages]", batch)
+    _require(cache_seqlens is not None, "cache_seqlens", None, "int32 [{}]", batch)
+    _check_tensor("block_table", block_table, q, torch.int32, (batch, None), "[B, max_pages]")
+    _check_tensor("cache_seqlens", cache_seqlens, q, torch.int32, (batch,), "[B]")
+    left, right = _resolve_window(window, causal)
+    skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
+    lse_shape = (batch, q.shape[2], q.shape[1])
+    result, lse, key = _outputs(q, out, epilogue, head_dim_v, lse_shape, return_lse)
+    torch.ops.cute_fmha.mla_decode(
+        q, kv_cache, result, lse, workspace, counters, block_table, cache_seqlens, sink,
+        skip_tensor, _resolve_scale(scale, width), left, right, _resolve_softcap(softcap), skip_on,
+        skip_value, skip_relative, _resolve_splits(num_splits), key, backend,
+    )  # fmt: skip
+    return result if lse is None else (result, lse)

@@ -1,0 +1,1 @@
+"""Benchmarks and launch counting: ``python -m cute_fmha.bench`` and ``.bench.profile``."""

@@ -1,0 +1,323 @@
+"""Split-KV decode for ordinary heads and for absorbed MLA, combined in the same launch.
+
+Mathematics: as in prefill.py, on rows that pack query positions and the query heads of one KV head
+(row m is position m // group, head m % group), so that a decode step fills a tensor-core tile. The
+KV tiles of a work tile are cut into ``num_splits`` contiguous, balanced ranges (tiling.py). Split s
+leaves (O_s, m_s, l_s) in FP32; then M = max m_s, O = Σ exp2(m_s − M) O_s / Σ exp2(m_s − M) l_s.
+
+MLA (``LATENT``): the value row is the first Dv columns of the key row, so one load of the latent
+tile feeds q Kᵀ and P V; the cache crosses the memory bus once.
+
+One launch, no waiting on a program that may not have started: the grid is ``main`` programs (work
+tile × split) followed by ``combine`` programs (a few output rows each). Every program draws a
+ticket from an atomic counter when it starts and takes the role of that ticket; a combine program
+therefore exists only once all main programs are running or done, and may wait for the arrivals of
+its work tile. All combine programs reduce in parallel: a single last arriver would read
+``num_splits`` tiles alone (66 × 128 KiB for one 128k sequence, tens of microseconds on one SM).
+The last combine program zeroes the counters for the next launch. With one split there is no
+ticket, no workspace and no combine.
+
+Workspace (see plan.py): counters int32 ``[2 + work tiles]`` (tickets, finished, arrivals of each
+work tile), then per (work tile, split) FP32 m ``[TILE_M]``, l ``[TILE_M]``, O ``[TILE_M, Dv]``.
+
+Constraints: any sm_80+ GPU and the interpreter; no block mask (prefill.py takes those).
+"""
+
+import triton
+import triton.language as tl
+
+from cute_fmha.kernels.triton.primitives import (
+    DEAD_MAX,
+    LOG2_E,
+    NO_MAX,
+    add_sink,
+    cap_scores,
+    count_tiles,
+    key_rows,
+    kv_tile_ranges,
+    load_rows,
+    mask_scores,
+    normalise,
+    sequence_bounds,
+    skip_threshold,
+    split_tile_range,
+    tile_matters,
+)
+
+
+@triton.jit
+def _kv_loop(
+    state, q0, q1, positions, tile_begin, tile_end, keys, table, lengths, window_left, window_right,
+    scores, softcap, log2_threshold,
+    TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
+    SKIP: tl.constexpr, BOUNDARY: tl.constexpr,
+):  # fmt: skip
+    """KV tiles [tile_begin, tile_end); state is (acc, row max, row sum, skipped tiles)."""
+    acc, row_max, row_sum, skipped = state
+    k_base, v_base, k_strides, v_strides, page_size = keys
+    length_q, length_k = lengths
+    scale_log2, scale = scores
+    TILE_N: tl.constexpr = TILES[1]
+    D0: tl.constexpr = DIMS[0]
+    D1: tl.constexpr = DIMS[1]
+    D: tl.constexpr = DIMS[2]
+    for tile in tl.range(tile_begin, tile_end):
+        columns = tile * TILE_N + tl.arange(0, TILE_N)
+        valid = columns < length_k
+        k_rows = key_rows(k_base, columns, length_k, k_strides, table, page_size, BOUNDARY)
+        k0 = load_rows(k_rows, valid, 0, D0, D, BOUNDARY)
+        s = tl.dot(q0, k0.T, input_precision="ieee")
+        if D1 > 0:
+            k1 = load_rows(k_rows, valid, D0, D1, D, BOUNDARY)
+            s = tl.dot(q1, k1.T, s, input_precision="ieee")
+        multiplier = scale_log2
+        if softcap is not None:
+            s = cap_scores(s * scale, softcap)
+            multiplier = 1.0
+        if BOUNDARY:
+            s = mask_scores(
+                s, positions, columns, length_q, length_k, window_left, window_right, WINDOWED
+            )
+        tile_max = tl.max(s, axis=1) * multiplier
+        keep = True
+        if SKIP:
+            keep = tile_matters(tile_max, row_max, log2_threshold)
+        if keep:
+            new_max = tl.maximum(row_max, tile_max)
+            p = tl.exp2(s * multiplier - new_max[:, None])
+            alpha = tl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + tl.sum(p, axis=1)
+            acc = acc * alpha[:, None]
+            if LATENT:
+                v = k0
+            else:
+                v_rows = key_rows(v_base, columns, length_k, v_strides, table, page_size, BOUNDARY)
+                v = load_rows(v_rows, valid, 0, DIMS[3], DIMS[4], BOUNDARY)
+            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            row_max = new_max
+        else:
+            skipped += 1
+    return acc, row_max, row_sum, skipped
+
+
+@triton.jit
+def _store_rows(
+    result, row_lse, rows, live, batch, kv_head, q_start, out, out_strides, lse, lse_strides,
+    group, PACKED: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Packed rows of (batch, kv head) to out and lse."""
+    columns = tl.arange(0, result.shape[1])
+    position = (q_start + rows // group).to(tl.int64)
+    head = kv_head * group + rows % group
+    out_row = out + position * out_strides[1] + head * out_strides[2]
+    if not PACKED:
+        out_row += batch.to(tl.int64) * out_strides[0]
+    mask = live[:, None] & (columns < DV)[None, :]
+    tl.store(out_row[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=mask)
+    if lse is not None:
+        lse_row = lse + head.to(tl.int64) * lse_strides[1] + position
+        if not PACKED:
+            lse_row += batch.to(tl.int64) * lse_strides[0]
+        tl.store(lse_row, row_lse, mask=live)
+
+
+@triton.jit
+def _combine(
+    program, q_start, length_q, batch, kv_head, row_begin, out, lse, out_strides, lse_strides,
+    sink, group, counters, row_stats, partials,
+    NUM_SPLITS: tl.constexpr, TILES: tl.constexpr, DIMS: tl.constexpr, PACKED: tl.constexpr,
+    COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Reduce the splits of COMBINE_ROWS rows of one work tile, once all of them arrived."""
+    TILE_M: tl.constexpr = TILES[0]
+    DV: tl.constexpr = DIMS[4]
+    DV_PAD: tl.constexpr = DIMS[3]
+    ROW_BLOCK: tl.constexpr = (
+        COMBINE_ROWS if COMBINE_ROWS * SPLIT_BLOCK <= 16 else 16 // SPLIT_BLOCK
+    )
+    work_tile = program // (TILE_M // COMBINE_ROWS)
+    while tl.atomic_add(counters + 2 + work_tile, 0, sem="acquire") < NUM_SPLITS:
+        pass
+    columns = tl.arange(0, DIMS[3])
+    first = (program % (TILE_M // COMBINE_ROWS)) * COMBINE_ROWS
+    for offset in range(first, first + COMBINE_ROWS, ROW_BLOCK):
+        lane = offset + tl.arange(0, ROW_BLOCK)
+        rows = row_begin + lane
+        live = rows < length_q * group
+        row_max = tl.full([ROW_BLOCK], NO_MAX, tl.float32)
+        row_sum = tl.zeros([ROW_BLOCK], tl.float32)
+        acc = tl.zeros([ROW_BLOCK, DV_PAD], tl.float32)
+        for split_begin in range(0, NUM_SPLITS, SPLIT_BLOCK):
+            split = split_begin + tl.arange(0, SPLIT_BLOCK)
+            slots = (work_tile.to(tl.int64) * NUM_SPLITS + split)[None, :] * TILE_M
+            present = (split < NUM_SPLITS)[None, :] & live[:, None]
+            m_pointers = row_stats + 2 * slots + lane[:, None]
+            m = tl.load(m_pointers, mask=present, other=NO_MAX, cache_modifier=".cg")
+            # A split that saw no key left its O unwritten: whatever is there must not enter.
+            present = m > NO_MAX
+            sums = tl.load(m_pointers + TILE_M, mask=present, other=0.0, cache_modifier=".cg")
+            o_pointers = (partials + (slots + lane[:, None]) * DV)[:, :, None]
+            o = tl.load(
+                o_pointers + columns[None, None, :],
+                mask=present[:, :, None] & (columns < DV)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            new_max = tl.maximum(row_max, tl.max(m, axis=1))
+            weight = tl.exp2(m - new_max[:, None])
+            alpha = tl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + tl.sum(sums * weight, axis=1)
+            acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], axis=1)
+            row_max = new_max
+        if sink is not None:
+            logit = tl.load(sink + kv_head * group + rows % group)
+            acc, row_max, row_sum = add_sink(acc, row_max, row_sum, logit)
+        result, row_lse = normalise(acc, row_max, row_sum)
+        _store_rows(
+            result, row_lse, rows, live, batch, kv_head, q_start, out, out_strides, lse,
+            lse_strides, group, PACKED, DV,
+        )  # fmt: skip
+
+
+@triton.jit
+def decode_kernel(
+    q, k, v, out, lse,
+    q_strides, k_strides, v_strides, out_strides, lse_strides,
+    sequences, paging, window, scores, skip, stats, sizes, workspace,
+    TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
+    SKIP: tl.constexpr, SKIP_RELATIVE: tl.constexpr, NUM_SPLITS: tl.constexpr,
+    COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """See the module docstring. Tuples: sequences (cu_q, cu_k, seqused), paging (table, table
+    stride, page size), window (left, right), scores (scale, softcap, sink), skip (tensor, value),
+    sizes (Sq, Sk, kv heads, group, batch), workspace (counters, row stats, partial outputs)."""
+    TILE_M: tl.constexpr = TILES[0]
+    DV_PAD: tl.constexpr = DIMS[3]
+    PACKED: tl.constexpr = sequences[0] is not None
+    length_q, length_k, kv_heads, group, batches = sizes
+    counters, row_stats, partials = workspace
+    tiles_m = tl.cdiv(length_q * group, TILE_M)
+    work_tiles = tiles_m * kv_heads * batches
+    program = tl.program_id(0)
+    if NUM_SPLITS > 1:
+        program = tl.atomic_add(counters, 1, sem="relaxed")
+    is_main = program < work_tiles * NUM_SPLITS
+    if is_main:
+        # Neighbours share keys: the query tiles of one (sequence, kv head, split) run together.
+        tile_m = program % tiles_m
+        split = (program // tiles_m) % NUM_SPLITS
+        pair = program // (tiles_m * NUM_SPLITS)
+    else:
+        program -= work_tiles * NUM_SPLITS
+        chunk = program // (TILE_M // COMBINE_ROWS)
+        tile_m = chunk % tiles_m
+        split = 0
+        pair = chunk // tiles_m
+    kv_head = pair % kv_heads
+    batch = pair // kv_heads
+    work_tile = pair * tiles_m + tile_m
+    q_start, length_q = sequence_bounds(batch, sequences[0], None, length_q)
+    k_start, length_k = sequence_bounds(batch, sequences[1], sequences[2], length_k)
+    row_begin = tile_m * TILE_M
+    if is_main:
+        rows = row_begin + tl.arange(0, TILE_M)
+        live = rows < length_q * group
+        positions = rows // group
+        head = kv_head * group + rows % group
+        q_rows = q + (q_start + positions).to(tl.int64) * q_strides[1] + head * q_strides[2]
+        k_base = k + kv_head.to(tl.int64) * k_strides[2]
+        v_base = v + kv_head.to(tl.int64) * v_strides[2]
+        if not PACKED:
+            q_rows += batch.to(tl.int64) * q_strides[0]
+        table = paging[0]
+        if table is not None:
+            table += batch.to(tl.int64) * paging[1]
+        elif sequences[1] is None:
+            k_base += batch.to(tl.int64) * k_strides[0]
+            v_base += batch.to(tl.int64) * v_strides[0]
+        else:
+            k_base += k_start.to(tl.int64) * k_strides[1]
+            v_base += k_start.to(tl.int64) * v_strides[1]
+        q0 = load_rows(q_rows, live, 0, DIMS[0], DIMS[2], True)
+        q1 = q0
+        if DIMS[1] > 0:
+            q1 = load_rows(q_rows, live, DIMS[0], DIMS[1], DIMS[2], True)
+        window_left = window[0] if WINDOWED[0] else -1
+        window_right = window[1] if WINDOWED[1] else -1
+        last_position = tl.minimum((row_begin + TILE_M - 1) // group + 1, length_q)
+        begin, full_begin, full_end, end = kv_tile_ranges(
+            row_begin // group, last_position, length_q, length_k, window_left, window_right,
+            TILES[1],
+        )  # fmt: skip
+        if row_begin >= length_q * group:
+            end = begin
+        lo, hi = split_tile_range(begin, end, split, NUM_SPLITS)
+        full_begin = tl.minimum(tl.maximum(full_begin, lo), hi)
+        full_end = tl.minimum(tl.maximum(full_end, full_begin), hi)
+        log2_threshold = float("-inf")
+        if SKIP:
+            log2_threshold = skip_threshold(skip[0], skip[1], length_k, SKIP_RELATIVE)
+        state = (
+            tl.zeros([TILE_M, DV_PAD], tl.float32),
+            tl.where(live, NO_MAX, DEAD_MAX),
+            tl.zeros([TILE_M], tl.float32),
+            tl.full((), 0, tl.int32),
+        )
+        keys = (k_base, v_base, k_strides, v_strides, paging[2])
+        lengths = (length_q, length_k)
+        scale = (scores[0] * LOG2_E, scores[0])
+        if WINDOWED[0]:
+            state = _kv_loop(
+                state, q0, q1, positions, lo, full_begin, keys, table, lengths, window_left,
+                window_right, scale, scores[1], log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP,
+                True,
+            )  # fmt: skip
+        state = _kv_loop(
+            state, q0, q1, positions, full_begin, full_end, keys, table, lengths, window_left,
+            window_right, scale, scores[1], log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP,
+                False,
+        )  # fmt: skip
+        state = _kv_loop(
+            state, q0, q1, positions, full_end, hi, keys, table, lengths, window_left,
+            window_right, scale, scores[1], log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP,
+                True,
+        )  # fmt: skip
+        acc, row_max, row_sum, skipped = state
+        if stats is not None:
+            count_tiles(stats, skipped, hi - lo)
+        if NUM_SPLITS == 1:
+            if scores[2] is not None:
+                logit = tl.load(scores[2] + head)
+                acc, row_max, row_sum = add_sink(acc, row_max, row_sum, logit)
+            result, row_lse = normalise(acc, row_max, row_sum)
+            _store_rows(
+                result, row_lse, rows, live, batch, kv_head, q_start, out, out_strides, lse,
+                lse_strides, group, PACKED, DIMS[4],
+            )  # fmt: skip
+        else:
+            slot = work_tile.to(tl.int64) * NUM_SPLITS + split
+            lane = tl.arange(0, TILE_M)
+            tl.store(row_stats + slot * (2 * TILE_M) + lane, row_max)
+            tl.store(row_stats + slot * (2 * TILE_M) + TILE_M + lane, row_sum)
+            if lo < hi:
+                columns = tl.arange(0, DIMS[3])
+                tl.store(
+                    (partials + (slot * TILE_M + lane) * DIMS[4])[:, None] + columns[None, :],
+                    acc,
+                    mask=live[:, None] & (columns < DIMS[4])[None, :],
+                )
+            # Every thread's partial stores come before the release that announces them.
+            tl.debug_barrier()
+            tl.atomic_add(counters + 2 + work_tile, 1, sem="release")
+    else:
+        if NUM_SPLITS > 1:
+            _combine(
+                program, q_start, length_q, batch, kv_head, row_begin, out, lse,
+                out_strides, lse_strides, scores[2], group, counters, row_stats, partials,
+                NUM_SPLITS, TILES, DIMS, PACKED, COMBINE_ROWS, SPLIT_BLOCK,
+            )  # fmt: skip
+            combine_programs = work_tiles * (TILE_M // COMBINE_ROWS)
+            if tl.atomic_add(counters + 1, 1, sem="acq_rel") == combine_programs - 1:
+                for begin_index in range(0, work_tiles + 2, 1024):
+                    index = begin_index + tl.arange(0, 1024)
+                    tl.store(counters + index, 0, mask=index < work_tiles + 2)

@@ -1,0 +1,665 @@
+"""Absorbed MLA decode for Hopper (sm_90a): two consumer warpgroups share each latent tile.
+
+Mathematics: as in decode.py. A work tile is 64 packed rows (position-major, then head) of one
+sequence; the latent is visited in blocks of 64 tokens, two at a time: even block b0, odd block b1.
+O (64 × 512 FP32) fills the registers of two warpgroups, so each owns 256 value columns:
+
+    left   owns O[:, :256] and the scores of b0      right  owns O[:, 256:] and the scores of b1
+
+Every probability tile is needed by both, so it is made once and handed over in shared memory. The
+blocks keep their sequential order (b1's running max builds on b0's), hence the two warpgroups run
+half a phase apart and one's softmax hides behind the other's tensor-core work (the schedule of
+FlashMLA's Hopper kernel; ideas, not code).
+
+| partition | warps | role |
+| --- | --- | --- |
+| left (default) | 4 | S0 = Q K0ᵀ, P0, O_L += P0 V0_L + P1 V1_L |
+| right | 4 | S1 = Q K1ᵀ, P1, O_R += P1 V1_R + P0 V0_R |
+| load | 1 | TMA of K0, K1 in halves, page indices prefetched by one pair |
+
+Shared memory, 226 KiB: Q left and right 2 × 32, K0 and K1 2 × (32 + 32 + 8), P0 and P1 2 × 8; Q's
+rope columns start in P0 and P1 and move to registers. A latent tile is fetched once: K-major for
+Q Kᵀ, and its first 512 columns MN-major for P V.
+
+One steady-state pair (time runs down; [n] is the barrier that is waited for):
+
+    load            left                                   right
+    K0 L -> slot    [K0] S0 = Q K0ᵀ                        [K1] S1 = Q K1ᵀ
+    K1 R -> slot    m0 = max(m, rowmax S0), P0   -> max0   [max0] m1 = max(m0, rowmax S1), P1
+    K0 R -> slot    O_L = a O_L + P0 V0_L  -> free K0 L    P1 to shared memory     -> p1
+    K1 L -> slot    [p1] P0 and O_L to the scale of m1     O_R = a O_R + P1 V1_R   -> free K1 R
+                    P0 to shared memory          -> p0     [p0] O_R += P0 V0_R     -> free K0 R
+                    O_L += P1 V1_L         -> free K1 L
+
+A half-block's slot is refilled as soon as its last reader is done, which keeps TMA busy although
+shared memory holds only the pair in flight.
+
+Split-KV: tickets, arrivals and combine programs exactly as in decode.py (two arrivals a split).
+
+Constraints: 576/512 or 512/512, page size a multiple of 64, pages without gaps between rows.
+"""
+
+import types
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from cute_fmha import tiling
+
+NO_MAX = gl.constexpr(-1.0e30)
+DEAD_MAX = gl.constexpr(1.0e30)
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)
+BLOCK = gl.constexpr(64)
+HALF = gl.constexpr(256)
+ROPE = gl.constexpr(64)
+
+_S_MMA = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+_O_MMA = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+S_LAYOUT = gl.constexpr(_S_MMA)
+O_LAYOUT = gl.constexpr(_O_MMA)
+Q_ROPE_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, _S_MMA, 2))
+S_ROWS = gl.constexpr(gl.SliceLayout(1, _S_MMA))
+S_COLUMNS = gl.constexpr(gl.SliceLayout(0, _S_MMA))
+O_ROWS = gl.constexpr(gl.SliceLayout(1, _O_MMA))
+ONE_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+O_COLUMNS = gl.constexpr(gl.SliceLayout(0, _O_MMA))
+
+# Triton 3.6 calls it thread_barrier, 3.7 barrier.
+warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+def _device(function):
+    """`gluon.jit` of plain integer arithmetic from a module that knows nothing of Triton."""
+    names = {**function.__globals__, "tl": tl, "gl": gl}
+    return gluon.jit(types.FunctionType(function.__code__, names, function.__name__))
+
+
+kv_tile_ranges = _device(tiling.kv_tile_ranges)
+split_tile_range = _device(tiling.split_tile_range)
+
+
+@gluon.jit
+def _signal(barrier):
+    """Announce this warpgroup's shared-memory writes to generic and tensor-core readers."""
+    fence_async_shared()
+    warpgroup_barrier()
+    mbarrier.arrive(barrier, count=1)
+
+
+@gluon.jit
+def _zero_rows(half, valid):
+    """Zero token rows >= valid of a [64, 256] half-block: 0 · NaN must not reach O."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    for part in gl.static_range(4):
+        chunk = half.slice(part * 64, 64, dim=1)
+        values = chunk.load(layout)
+        chunk.store(gl.where((rows < valid)[:, None], values, gl.zeros_like(values)))
+
+
+@gluon.jit
+def _scores(
+    q, q_rope, k, k_rope, full, phase, zero, BLOCK_INDEX: gl.constexpr, HAS_ROPE: gl.constexpr
+):
+    """S = Q Kᵀ of block 0 or 1 of the pair.
+
+    zero: 0, but unknown to the compiler, which would otherwise hoist some forty matrix descriptors
+    out of the loop and spill them.
+    """
+    k_left = k.index(2 * BLOCK_INDEX + zero).permute((1, 0))
+    k_right = k.index(2 * BLOCK_INDEX + 1 + zero).permute((1, 0))
+    s = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
+    mbarrier.wait(full[2 * BLOCK_INDEX], phase)
+    s = warpgroup_mma(q.index(zero), k_left, s, use_acc=False, is_async=True)
+    mbarrier.wait(full[2 * BLOCK_INDEX + 1], phase)
+    s = warpgroup_mma(q.index(1 + zero), k_right, s, is_async=True)
+    if HAS_ROPE:
+        rope = k_rope.index(BLOCK_INDEX + zero).permute((1, 0))
+        s = warpgroup_mma(q_rope, rope, s, is_async=True)
+    return warpgroup_mma_wait(0, deps=[s])
+
+
+@gluon.jit
+def _log2_scores(
+    s, block, bounds, lengths, windows, row_begin, group, scale, softcap, WINDOWED: gl.constexpr
+):
+    """Scale to log2 units, cap, and mask where the block is not wholly visible."""
+    full_begin, full_end = bounds
+    length_q, length_k = lengths
+    if softcap is not None:
+        e = gl.exp2(s * (scale * 2.0 * LOG2_E / softcap))
+        s = (softcap * LOG2_E) * (1.0 - 2.0 / (e + 1.0))
+    else:
+        s = s * (scale * LOG2_E)
+    if (block < full_begin) | (block >= full_end):
+        columns = block * BLOCK + gl.arange(0, BLOCK, layout=S_COLUMNS)
+        visible = (columns < length_k)[None, :]
+        if WINDOWED[0] or WINDOWED[1]:
+            rows = row_begin + gl.arange(0, ROWS, layout=S_ROWS)
+            diagonal = rows // group + (length_k - length_q)
+            if WINDOWED[1]:
+                visible = visible & (columns[None, :] <= (diagonal + windows[1])[:, None])
+            if WINDOWED[0]:
+                visible = visible & (columns[None, :] >= (diagonal - windows[0])[:, None])
+        s = gl.where(visible, s, float("-inf"))
+    return s
+
+
+@gluon.jit
+def _scaled(acc, factor):
+    return acc * gl.convert_layout(factor, O_ROWS)[:, None]
+
+
+@gluon.jit
+def _multiply_add(acc, p, v):
+    """acc + P V, complete on return: the slot of V is free."""
+    acc = warpgroup_mma(p, v, acc, is_async=True)
+    return warpgroup_mma_wait(0, deps=[acc])
+
+
+@gluon.jit
+def _load_partition(
+    latent, rope, k, k_rope, full, empty, block_range, table, page_size, HAS_ROPE: gl.constexpr
+):
+    """Load. Writes K0, K1 in halves. Waits: each half's `empty`. Signals: each half's `full`."""
+    lo, hi = block_range
+    half_bytes: gl.constexpr = BLOCK * HALF * 2
+    rope_bytes: gl.constexpr = BLOCK * ROPE * 2 if HAS_ROPE else 0
+    pairs = (hi - lo + 1) // 2
+    last = hi - 1
+    tokens0 = lo * BLOCK
+    tokens1 = gl.minimum(lo + 1, last) * BLOCK
+    page0 = gl.load(table + tokens0 // page_size)
+    page1 = gl.load(table + tokens1 // page_size)
+    for pair in range(pairs):
+        phase = (pair & 1) ^ 1
+        row0 = page0 * page_size + tokens0 % page_size
+        row1 = page1 * page_size + tokens1 % page_size
+        odd = lo + 2 * pair + 1 < hi
+        # The next pair's pages, so that their latency hides behind this pair's waits.
+        tokens0 = gl.minimum(lo + 2 * pair + 2, last) * BLOCK
+        tokens1 = gl.minimum(lo + 2 * pair + 3, last) * BLOCK
+        page0 = gl.load(table + tokens0 // page_size)
+        page1 = gl.load(table + tokens1 // page_size)
+
+        mbarrier.wait(empty[0], phase)
+        mbarrier.expect(full[0], half_bytes)
+        tma.async_copy_global_to_shared(latent, [row0, 0], full[0], k.index(0))
+
+        mbarrier.wait(empty[1], phase)
+        mbarrier.expect(full[1], half_bytes + rope_bytes)
+        tma.async_copy_global_to_shared(latent, [row0, HALF], full[1], k.index(1))
+        if HAS_ROPE:
+            tma.async_copy_global_to_shared(rope, [row0, 2 * HALF], full[1], k_rope.index(0))
+
+        mbarrier.wait(empty[2], phase, pred=odd)
+        mbarrier.expect(full[2], half_bytes, pred=odd)
+        tma.async_copy_global_to_shared(latent, [row1, 0], full[2], k.index(2), pred=odd)
+
+        mbarrier.wait(empty[3], phase, pred=odd)
+        mbarrier.expect(full[3], half_bytes + rope_bytes, pred=odd)
+        tma.async_copy_global_to_shared(latent, [row1, HALF], full[3], k.index(3), pred=odd)
+        if HAS_ROPE:
+            tma.async_copy_global_to_shared(
+                rope, [row1, 2 * HALF], full[3], k_rope.index(1), pred=odd
+            )
+
+
+@gluon.jit
+def _initial_max(row_begin, live_rows):
+    rows = row_begin + gl.arange(0, ROWS, layout=S_ROWS)
+    return gl.where(rows < live_rows, NO_MAX, DEAD_MAX)
+
+
+@gluon.jit
+def _decide(kept, tile_max, row_max, log2_threshold):
+    """1 unless every row has tile_max − row_max < log2 λ; also left in ``kept`` for the other."""
+    keep = gl.max((tile_max >= row_max + log2_threshold).to(gl.int32), axis=0)
+    kept.store(gl.full([1], 0, gl.int32, ONE_LAYOUT) + keep)
+    warpgroup_barrier()
+    return keep
+
+
+@gluon.jit
+def _copy_queries(
+    q_base, q_strides, row_begin, live_rows, group, FIRST: gl.constexpr, WIDTH: gl.constexpr, shared
+):
+    """Columns [FIRST, FIRST + WIDTH) of the work tile's rows to shared memory, any strides."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    rows = row_begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    pointers = q_base + (rows // group).to(gl.int64) * q_strides[1] + (rows % group) * q_strides[2]
+    columns = FIRST + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+    mask = (rows < live_rows)[:, None]
+    shared.store(gl.load(pointers[:, None] + columns[None, :], mask=mask, other=0.0))
+
+
+@gluon.jit
+def _fetch_queries(
+    q, probabilities, q_ready, q_base, q_strides, row_begin, live_rows, group,
+    HALF_INDEX: gl.constexpr, HAS_ROPE: gl.constexpr,
+):  # fmt: skip
+    """Each consumer brings its half of Q; returns its own copy of the rope columns in registers.
+
+    The rope columns pass through the consumer's probability tile, which is not in use yet.
+    """
+    staging = probabilities.index(HALF_INDEX)
+    if HAS_ROPE:
+        _copy_queries(q_base, q_strides, row_begin, live_rows, group, 2 * HALF, ROPE, staging)
+    half = q.index(HALF_INDEX)
+    _copy_queries(q_base, q_strides, row_begin, live_rows, group, HALF_INDEX * HALF, HALF, half)
+    _signal(q_ready)
+    q_rope = staging.load(Q_ROPE_LAYOUT)
+    # All of the warpgroup has its rope registers before P is written over them.
+    warpgroup_barrier()
+    mbarrier.wait(q_ready, 0)
+    return q_rope
+
+
+@gluon.jit
+def _left_partition(
+    shared, q_base, q_strides, block_range, bounds, lengths, windows, row_begin, group, scale,
+    softcap, log2_threshold, place, target, sink, lse, stats,
+    HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
+):  # fmt: skip
+    """Left. Reads K0, V0_L, V1_L, P1. Writes P0, max0, O_L.
+
+    Waits: K0 and K1_L `full`, `p1`. Signals: `max0`, `p0`, `empty` of K0_L and K1_L.
+    """
+    q, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready = shared
+    lo, hi = block_range
+    pairs = (hi - lo + 1) // 2
+    length_q, length_k = lengths
+    q_rope = _fetch_queries(
+        q, probabilities, q_ready, q_base, q_strides, row_begin, length_q * group, group, 0,
+        HAS_ROPE,
+    )  # fmt: skip
+    row_max = _initial_max(row_begin, length_q * group)
+    row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
+    acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
+    skipped = lo * 0
+    for pair in range(pairs):
+        phase = pair & 1
+        zero = pair >> 30
+        block = lo + 2 * pair
+        odd = block + 1 < hi
+        s = _scores(q, q_rope, k, k_rope, full, phase, zero, 0, HAS_ROPE)
+        if (block + 1) * BLOCK > length_k:
+            _zero_rows(k.index(zero), length_k - block * BLOCK)
+            _zero_rows(k.index(1 + zero), length_k - block * BLOCK)
+        s = _log2_scores(
+            s, block, bounds, lengths, windows, row_begin, group, scale, softcap, WINDOWED
+        )
+        tile_max = gl.max(s, axis=1)
+        # A tile that is skipped raises no row's max, so max0 does not wait for the decision.
+        max0 = gl.maximum(row_max, tile_max)
+        p = gl.exp2(s - max0[:, None])
+        maxima[0].store(max0)
+        probabilities.index(0).store(p.to(probabilities.dtype))
+        _signal(announced[0])
+        keep0 = 1
+        if SKIP:
+            keep0 = _decide(kept[0], tile_max, row_max, log2_threshold)
+            mbarrier.arrive(decided[0], count=1)
+            skipped += 1 - keep0
+        if keep0 != 0:
+            alpha = gl.exp2(row_max - max0)
+            row_sum = row_sum * alpha + gl.sum(p, axis=1)
+            acc = _multiply_add(_scaled(acc, alpha), probabilities.index(zero), k.index(zero))
+        mbarrier.arrive(empty[0], count=1)
+        mbarrier.wait(announced[1], phase)
+        row_max = maxima[1].load(S_ROWS)
+        keep1 = 1
+        if SKIP:
+            mbarrier.wait(decided[1], phase)
+            keep1 = gl.max(kept[1].load(ONE_LAYOUT), axis=0)
+        if odd & (keep1 != 0):
+            alpha = gl.exp2(max0 - row_max)
+            row_sum = row_sum * alpha
+            mbarrier.wait(full[2], phase)
+            acc = _multiply_add(
+                _scaled(acc, alpha), probabilities.index(1 + zero), k.index(2 + zero)
+            )
+        mbarrier.arrive(empty[2], count=1, pred=odd)
+    maxima[0].store(row_sum)
+    _signal(announced[0])
+    mbarrier.wait(announced[1], pairs & 1)
+    row_sum += maxima[1].load(S_ROWS)
+    _store_half(
+        acc, row_max, row_sum, skipped, hi - lo, place, target, sink, lse, stats, 0, NUM_SPLITS
+    )
+
+
+@gluon.jit
+def _right_partition(
+    shared, q_base, q_strides, block_range, bounds, lengths, windows, row_begin, group, scale,
+    softcap, log2_threshold, place, target, sink, lse, stats,
+    HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
+):  # fmt: skip
+    """Right. Reads K1, V1_R, V0_R, P0, max0. Writes P1, max1, O_R.
+
+    Waits: K1 and K0_R `full`, `max0`, `p0`. Signals: `p1` (with max1), `empty` of K1_R and K0_R.
+    """
+    q, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready = shared
+    lo, hi = block_range
+    pairs = (hi - lo + 1) // 2
+    length_q, length_k = lengths
+    q_rope = _fetch_queries(
+        q, probabilities, q_ready, q_base, q_strides, row_begin, length_q * group, group, 1,
+        HAS_ROPE,
+    )  # fmt: skip
+    row_max = _initial_max(row_begin, length_q * group)
+    row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
+    acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
+    skipped = lo * 0
+    for pair in range(pairs):
+        phase = pair & 1
+        zero = pair >> 30
+        block = lo + 2 * pair + 1
+        odd = block < hi
+        s = gl.full([ROWS, BLOCK], float("-inf"), gl.float32, S_LAYOUT)
+        if odd:
+            s = _scores(q, q_rope, k, k_rope, full, phase, zero, 1, HAS_ROPE)
+            if (block + 1) * BLOCK > length_k:
+                _zero_rows(k.index(2 + zero), length_k - block * BLOCK)
+                _zero_rows(k.index(3 + zero), length_k - block * BLOCK)
+            s = _log2_scores(
+                s, block, bounds, lengths, windows, row_begin, group, scale, softcap, WINDOWED
+            )
+        tile_max = gl.max(s, axis=1)
+        mbarrier.wait(announced[0], phase)
+        max0 = maxima[0].load(S_ROWS)
+        max1 = gl.maximum(max0, tile_max)
+        p = gl.exp2(s - max1[:, None])
+        maxima[1].store(max1)
+        probabilities.index(1).store(p.to(probabilities.dtype))
+        _signal(announced[1])
+        keep0 = 1
+        keep1 = 1
+        if SKIP:
+            keep1 = _decide(kept[1], tile_max, max0, log2_threshold)
+            mbarrier.arrive(decided[1], count=1)
+            skipped += gl.where(odd, 1 - keep1, 0)
+            mbarrier.wait(decided[0], phase)
+            keep0 = gl.max(kept[0].load(ONE_LAYOUT), axis=0)
+        if keep0 != 0:
+            alpha = gl.exp2(row_max - max0)
+            row_sum = row_sum * alpha
+            mbarrier.wait(full[1], phase)
+            acc = _multiply_add(_scaled(acc, alpha), probabilities.index(zero), k.index(1 + zero))
+        mbarrier.arrive(empty[1], count=1)
+        if odd & (keep1 != 0):
+            alpha = gl.exp2(max0 - max1)
+            row_sum = row_sum * alpha + gl.sum(p, axis=1)
+            p1 = probabilities.index(1 + zero)
+            acc = _multiply_add(_scaled(acc, alpha), p1, k.index(3 + zero))
+        mbarrier.arrive(empty[3], count=1, pred=odd)
+        row_max = max1
+    # Left has read the last max1 when it announces its sum.
+    mbarrier.wait(announced[0], pairs & 1)
+    left_sum = maxima[0].load(S_ROWS)
+    maxima[1].store(row_sum)
+    _signal(announced[1])
+    row_sum += left_sum
+    _store_half(
+        acc, row_max, row_sum, skipped, 0, place, target, sink, lse, stats, HALF, NUM_SPLITS
+    )
+
+
+@gluon.jit
+def _store_rows(
+    acc, row_max, row_sum, rows, columns, target, sink, lse, STORE_LSE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Sink, normalise, and store rows (any layout) of the output and their LSE."""
+    batch, live_rows, group, out, out_strides, lse_strides = target
+    live = rows < live_rows
+    position = (rows // group).to(gl.int64)
+    head = rows % group
+    if sink is not None:
+        sink_log2 = gl.load(sink + head) * LOG2_E
+        joint_max = gl.maximum(row_max, sink_log2)
+        alpha = gl.exp2(row_max - joint_max)
+        row_sum = row_sum * alpha + gl.exp2(sink_log2 - joint_max)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT))[:, None]
+        row_max = joint_max
+    divisor = gl.where(row_sum == 0.0, 1.0, row_sum)
+    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, LAYOUT))[:, None]
+    out_row = out + batch.to(gl.int64) * out_strides[0] + position * out_strides[1]
+    out_row = gl.convert_layout(out_row + head * out_strides[2], gl.SliceLayout(1, LAYOUT))
+    mask = gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None]
+    gl.store(out_row[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    if lse is not None and STORE_LSE:
+        lse_row = lse + batch.to(gl.int64) * lse_strides[0] + head.to(gl.int64) * lse_strides[1]
+        gl.store(lse_row + position, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
+
+
+@gluon.jit
+def _store_half(
+    acc, row_max, row_sum, skipped, total, place, target, sink, lse, stats,
+    FIRST_COLUMN: gl.constexpr, NUM_SPLITS: gl.constexpr,
+):  # fmt: skip
+    """One half of O: to the output (one split), or with m and l to the workspace (several)."""
+    row_begin, slot, arrivals, row_stats, partials = place
+    lane = gl.arange(0, ROWS, layout=O_ROWS)
+    columns = FIRST_COLUMN + gl.arange(0, HALF, layout=O_COLUMNS)
+    row_max = gl.convert_layout(row_max, O_ROWS)
+    row_sum = gl.convert_layout(row_sum, O_ROWS)
+    if stats is not None:
+        gl.atomic_add(stats, skipped.to(gl.int64), sem="relaxed")
+        if FIRST_COLUMN == 0:
+            gl.atomic_add(stats + 1, total.to(gl.int64), sem="relaxed")
+    if NUM_SPLITS == 1:
+        _store_rows(
+            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, FIRST_COLUMN == 0,
+            O_LAYOUT,
+        )  # fmt: skip
+    else:
+        base = slot.to(gl.int64) * ROWS
+        pointers = (partials + (base + lane) * (2 * HALF))[:, None] + columns[None, :]
+        gl.store(pointers, acc, mask=(row_begin + lane < target[1])[:, None])
+        if FIRST_COLUMN == 0:
+            gl.store(row_stats + 2 * base + lane, row_max)
+            gl.store(row_stats + 2 * base + ROWS + lane, row_sum)
+        # Every thread's partial stores come before the release that announces them.
+        warpgroup_barrier()
+        gl.atomic_add(arrivals, 1, sem="release")
+
+
+@gluon.jit
+def _combine(
+    work_tile, first, place, target, sink, lse,
+    NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr, SPLIT_BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Reduce COMBINE_ROWS rows of one work tile, once both halves of every split arrived."""
+    # (row, split, column): a thread owns four columns of everything, so only columns move.
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    stats_layout: gl.constexpr = gl.SliceLayout(2, layout)
+    out_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    row_layout: gl.constexpr = gl.SliceLayout(1, stats_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
+    ROW_BLOCK: gl.constexpr = min(COMBINE_ROWS, 16 // SPLIT_BLOCK)
+    row_begin, _slot, arrivals, row_stats, partials = place
+    while gl.atomic_add(arrivals, 0, sem="acquire") < 2 * NUM_SPLITS:
+        pass
+    columns = gl.arange(0, 2 * HALF, layout=column_layout)
+    for offset in range(first, first + COMBINE_ROWS, ROW_BLOCK):
+        lane = offset + gl.arange(0, ROW_BLOCK, layout=row_layout)
+        row_max = gl.full([ROW_BLOCK], NO_MAX, gl.float32, row_layout)
+        row_sum = gl.zeros([ROW_BLOCK], gl.float32, row_layout)
+        acc = gl.zeros([ROW_BLOCK, 2 * HALF], gl.float32, out_layout)
+        for split_begin in range(0, NUM_SPLITS, SPLIT_BLOCK):
+            split = split_begin + gl.arange(0, SPLIT_BLOCK, layout=gl.SliceLayout(0, stats_layout))
+            slots = (work_tile.to(gl.int64) * NUM_SPLITS + split)[None, :] * ROWS
+            present = ((split < NUM_SPLITS)[None, :]) & (row_begin + lane < target[1])[:, None]
+            m_pointers = row_stats + 2 * slots + lane[:, None]
+            m = gl.load(m_pointers, mask=present, other=NO_MAX, cache_modifier=".cg")
+            sums = gl.load(m_pointers + ROWS, mask=present, other=0.0, cache_modifier=".cg")
+            o_pointers = (partials + (slots + lane[:, None]) * (2 * HALF))[:, :, None]
+            o = gl.load(
+                o_pointers + gl.expand_dims(columns[None, :], 1), mask=present[:, :, None],
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            new_max = gl.maximum(row_max, gl.max(m, axis=1))
+            weight = gl.exp2(m - new_max[:, None])
+            alpha = gl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + gl.sum(sums * weight, axis=1)
+            alpha = gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))
+            acc = acc * alpha[:, None] + gl.sum(o * weight[:, :, None], axis=1)
+            row_max = new_max
+        _store_rows(
+            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, True, out_layout
+        )
+
+
+@gluon.jit
+def hopper_mla_decode_kernel(
+    q, latent, rope, out, lse, q_strides, out_strides, lse_strides, table, table_stride, page_size,
+    lengths, window, scores, skip, stats, sizes, workspace,
+    WINDOWED: gl.constexpr, HAS_ROPE: gl.constexpr, SKIP: gl.constexpr,
+    SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr,
+    SPLIT_BLOCK: gl.constexpr,
+):  # fmt: skip
+    """See the module docstring. latent, rope: TMA descriptors of the cache as [rows, width] with
+    64 x 256 and 64 x 64 boxes. Tuples: window (left, right), scores (scale, softcap, sink), skip
+    (tensor, value), sizes (Sq, heads, batch), workspace (counters, row stats, partials)."""
+    length_q, group, batches = sizes
+    counters, row_stats, partials = workspace
+    tiles_m = (length_q * group + ROWS - 1) // ROWS
+    work_tiles = tiles_m * batches
+    program = gl.program_id(0)
+    if NUM_SPLITS > 1:
+        program = gl.atomic_add(counters, 1, sem="relaxed")
+    if program < work_tiles * NUM_SPLITS:
+        # Neighbours share keys: the query tiles of one (sequence, split) run together.
+        tile_m = program % tiles_m
+        split = (program // tiles_m) % NUM_SPLITS
+        batch = program // (tiles_m * NUM_SPLITS)
+        work_tile = batch * tiles_m + tile_m
+        arrivals = counters
+        if NUM_SPLITS > 1:
+            arrivals = counters + 2 + work_tile
+        row_begin = tile_m * ROWS
+        place = (row_begin, work_tile * NUM_SPLITS + split, arrivals, row_stats, partials)
+        target = (batch, length_q * group, group, out, out_strides, lse_strides)
+        _main(
+            q, latent, rope, lse, q_strides, table + batch.to(gl.int64) * table_stride, page_size,
+            gl.load(lengths + batch), length_q, split, window, scores, skip, stats, place, target,
+            WINDOWED, HAS_ROPE, SKIP, SKIP_RELATIVE, NUM_SPLITS,
+        )  # fmt: skip
+    else:
+        if NUM_SPLITS > 1:
+            program -= work_tiles * NUM_SPLITS
+            work_tile = program // (ROWS // COMBINE_ROWS)
+            batch = work_tile // tiles_m
+            row_begin = (work_tile % tiles_m) * ROWS
+            place = (row_begin, work_tile, counters + 2 + work_tile, row_stats, partials)
+            target = (batch, length_q * group, group, out, out_strides, lse_strides)
+            first = (program % (ROWS // COMBINE_ROWS)) * COMBINE_ROWS
+            _combine(
+                work_tile, first, place, target, scores[2], lse, NUM_SPLITS, COMBINE_ROWS,
+                SPLIT_BLOCK,
+            )  # fmt: skip
+            combine_programs = work_tiles * (ROWS // COMBINE_ROWS)
+            if gl.atomic_add(counters + 1, 1, sem="acq_rel") == combine_programs - 1:
+                layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+                for begin_index in range(0, work_tiles + 2, 1024):
+                    index = begin_index + gl.arange(0, 1024, layout=layout)
+                    gl.store(counters + index, gl.zeros_like(index), mask=index < work_tiles + 2)
+
+
+@gluon.jit
+def _main(
+    q, latent, rope, lse, q_strides, table, page_size, length_k, length_q, split, window, scores,
+    skip, stats, place, target,
+    WINDOWED: gl.constexpr, HAS_ROPE: gl.constexpr, SKIP: gl.constexpr,
+    SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr,
+):  # fmt: skip
+    """Allocate, fetch Q, initialise the barriers, run the three partitions."""
+    batch = target[0]
+    row_begin = place[0]
+    group = target[2]
+    window_left = window[0] if WINDOWED[0] else -1
+    window_right = window[1] if WINDOWED[1] else -1
+    begin, full_begin, full_end, end = kv_tile_ranges(
+        row_begin // group, gl.minimum((row_begin + ROWS - 1) // group + 1, length_q), length_q,
+        length_k, window_left, window_right, BLOCK,
+    )  # fmt: skip
+    lo, hi = split_tile_range(begin, end, split, NUM_SPLITS)
+    dtype: gl.constexpr = q.dtype.element_ty
+    wide: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    row_vector: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    q_shared = gl.allocate_shared_memory(dtype, [2, ROWS, HALF], wide)
+    k = gl.allocate_shared_memory(dtype, [4, BLOCK, HALF], wide)
+    probabilities = gl.allocate_shared_memory(dtype, [2, ROWS, BLOCK], wide)
+    k_rope = probabilities
+    if HAS_ROPE:
+        k_rope = gl.allocate_shared_memory(dtype, [2, BLOCK, ROPE], wide)
+    maxima = (
+        gl.allocate_shared_memory(gl.float32, [ROWS], row_vector),
+        gl.allocate_shared_memory(gl.float32, [ROWS], row_vector),
+    )
+    kept = (
+        gl.allocate_shared_memory(gl.int32, [1], row_vector),
+        gl.allocate_shared_memory(gl.int32, [1], row_vector),
+    )
+    # full and empty of K0 L, K0 R, K1 L, K1 R; P0 with max0, P1 with max1: one arrival
+    # each. Q: one of each consumer. Then the decisions on block 0 and 1.
+    barriers = gl.allocate_shared_memory(gl.int64, [13, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(10):
+        mbarrier.init(barriers.index(index), count=1)
+    q_ready = barriers.index(10)
+    mbarrier.init(q_ready, count=2)
+    decided = (barriers.index(11), barriers.index(12))
+    mbarrier.init(decided[0], count=1)
+    mbarrier.init(decided[1], count=1)
+    full = (barriers.index(0), barriers.index(1), barriers.index(2), barriers.index(3))
+    empty = (barriers.index(4), barriers.index(5), barriers.index(6), barriers.index(7))
+    announced = (barriers.index(8), barriers.index(9))
+
+    q_base = q + batch.to(gl.int64) * q_strides[0]
+    log2_threshold = float("-inf")
+    if SKIP:
+        log2_threshold = _skip_threshold(skip[0], skip[1], length_k, SKIP_RELATIVE)
+    block_range = (lo, hi)
+    bounds = (full_begin, full_end)
+    lengths = (length_q, length_k)
+    windows = (window[0], window[1])
+    shared = (
+        q_shared, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready
+    )  # fmt: skip
+    gl.warp_specialize(
+        [
+            (_left_partition, (shared, q_base, q_strides, block_range, bounds, lengths, windows,
+                row_begin, group, scores[0], scores[1], log2_threshold, place, target, scores[2],
+                lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS)),
+            (_right_partition, (shared, q_base, q_strides, block_range, bounds, lengths, windows,
+                row_begin, group, scores[0], scores[1], log2_threshold, place, target, scores[2],
+                lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS)),
+            (_load_partition, (latent, rope, k, k_rope, full, empty, block_range, table,
+                page_size, HAS_ROPE)),
+        ],
+        [4, 1],
+        [232, 24],
+    )  # fmt: skip
+
+
+@gluon.jit
+def _skip_threshold(skip_tensor, skip_value, length_k, RELATIVE: gl.constexpr):
+    """log2 λ; −inf where λ is off (as primitives.skip_threshold)."""
+    value = skip_value
+    if skip_tensor is not None:
+        value = gl.load(skip_tensor)
+    if RELATIVE:
+        value = value / gl.maximum(length_k, 1).to(gl.float32)
+    log2_value = gl.log2(gl.minimum(gl.where(value > 0.0, value, 1.0), 1.0))
+    return gl.where(value > 0.0, log2_value, float("-inf"))

@@ -1,0 +1,186 @@
+"""From a `Call` to one Triton launch: strides, tuples of arguments, workspace."""
+
+from __future__ import annotations
+
+import torch
+
+from cute_fmha.kernels.triton.decode import decode_kernel
+from cute_fmha.kernels.triton.plan import (
+    COUNTER_BYTES,
+    Plan,
+    head_dim_parts,
+    make_plan,
+    next_power_of_two,
+)
+from cute_fmha.kernels.triton.prefill import prefill_kernel
+from cute_fmha.ops import Call
+from cute_fmha.problem import target_of
+from cute_fmha.tiling import ceil_div
+
+_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def _stream_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
+    """The library's own workspace of the current stream, grown to ``nbytes``.
+
+    Under CUDA-graph capture the memory belongs to the graph, so it is not kept: the capture
+    records its zeroing, and every replay starts from zeroed counters.
+    """
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(nbytes, dtype=torch.uint8, device=device)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    workspace = _workspaces.get((device, stream))
+    if workspace is None or workspace.numel() < nbytes:
+        workspace = torch.zeros(
+            max(nbytes, next_power_of_two(nbytes)), dtype=torch.uint8, device=device
+        )
+        _workspaces[device, stream] = workspace
+    return workspace
+
+
+def _workspace_parts(
+    call: Call, plan: Plan
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """(counters, row stats, partial outputs) in the workspace; None with one split."""
+    needed = plan.workspace_bytes(call.problem)
+    if not needed:
+        return None, None, None
+    workspace = call.workspace
+    if workspace is None:
+        workspace = _stream_workspace(call.q.device, needed)
+    elif workspace.numel() < needed:
+        raise ValueError(
+            f"workspace: got {workspace.numel()} bytes; {plan.num_splits} splits of this problem "
+            f"need {needed} (make_workspace(device, nbytes={needed}))"
+        )
+    slots = plan.work_tiles(call.problem) * plan.num_splits
+    partial_begin = COUNTER_BYTES + slots * plan.tile_m * 8
+    return (
+        workspace[:COUNTER_BYTES].view(torch.int32),
+        workspace[COUNTER_BYTES:partial_begin].view(torch.float32),
+        workspace[partial_begin:needed].view(torch.float32),
+    )
+
+
+def _row_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """(batch or page, token, head) strides; packed tensors have no batch stride."""
+    if tensor.dim() == 4:
+        return tensor.stride(0), tensor.stride(1), tensor.stride(2)
+    return 0, tensor.stride(0), tensor.stride(1)
+
+
+def _tma_addressable(call: Call) -> bool:
+    """Whether the latent cache is one dense sequence of rows that a TMA descriptor can address."""
+    cache = call.k
+    if call.problem.op != "mla_decode":
+        return False
+    return (
+        cache.stride(0) == cache.shape[1] * cache.stride(1)
+        and cache.stride(1) % 8 == 0
+        and cache.data_ptr() % 16 == 0
+        and cache.numel() > 0
+    )
+
+
+def run(call: Call) -> None:
+    """Launch the planned kernel once; writes ``call.out``, ``call.lse`` and ``call.stats``."""
+    problem = call.problem
+    if call.out.numel() == 0:
+        return
+    plan = make_plan(problem, target_of(call.q.device), _tma_addressable(call))
+    main, rest = head_dim_parts(problem.head_dim)
+    lse_strides = (0, 0)
+    if call.lse is not None:
+        lse_strides = (0, call.lse.stride(0)) if call.lse.dim() == 2 else call.lse.stride()[:2]
+    sequences = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
+    paging = (None, 0, 0)
+    if call.block_table is not None:
+        paging = (call.block_table, call.block_table.stride(0), problem.page_size)
+    softcap = call.softcap if problem.softcap else None
+    tensors = (
+        call.q, call.k, call.v, call.out, call.lse, _row_strides(call.q), _row_strides(call.k),
+        _row_strides(call.v), _row_strides(call.out), lse_strides, sequences, paging,
+    )  # fmt: skip
+    options = {
+        "window": (problem.window_left, problem.window_right),
+        "scores": (call.scale, softcap, call.sink),
+        "skip": (call.skip_tensor, call.skip_value),
+        "stats": call.stats,
+        "TILES": (plan.tile_m, plan.tile_n),
+        "DIMS": (main, rest, problem.head_dim, next_power_of_two(problem.head_dim_v),
+                 problem.head_dim_v),
+        "WINDOWED": (problem.window_left >= 0, problem.window_right >= 0),
+        "SKIP": problem.skip,
+        "SKIP_RELATIVE": call.skip_relative,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }  # fmt: skip
+    if plan.kernel == "prefill":
+        mask, mask_blocks = None, ((0, 0, 0, 0), 1, 1)
+        if call.block_mask is not None and problem.block_mask is not None:
+            expanded = call.block_mask.view(torch.uint8).expand(
+                problem.batch, problem.heads_q, -1, -1
+            )
+            mask, mask_blocks = expanded, (expanded.stride(), *problem.block_mask)
+        sizes = (problem.seqlen_q, problem.seqlen_k, problem.heads_q, problem.group)
+        grid = (plan.tiles_m(problem) * problem.heads_q, problem.batch)
+        prefill_kernel[grid](*tensors, mask=mask, mask_blocks=mask_blocks, sizes=sizes, **options)
+        return
+    if plan.kernel == "hopper_mla_decode":
+        _run_hopper_mla_decode(call, plan, paging, lse_strides)
+        return
+    work_tiles = plan.work_tiles(problem)
+    programs = work_tiles
+    if plan.num_splits > 1:
+        programs = work_tiles * plan.num_splits + work_tiles * ceil_div(
+            plan.tile_m, plan.combine_rows
+        )
+    decode_kernel[(programs,)](
+        *tensors,
+        sizes=(
+            problem.seqlen_q, problem.seqlen_k, problem.heads_kv, problem.group, problem.batch
+        ),
+        workspace=_workspace_parts(call, plan),
+        LATENT=problem.op == "mla_decode",
+        NUM_SPLITS=plan.num_splits,
+        COMBINE_ROWS=plan.combine_rows,
+        SPLIT_BLOCK=plan.split_block,
+        **options,
+    )  # fmt: skip
+
+
+def _run_hopper_mla_decode(
+    call: Call, plan: Plan, paging: tuple, lse_strides: tuple[int, int]
+) -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from cute_fmha.kernels.triton.hopper_mla_decode import hopper_mla_decode_kernel
+
+    problem = call.problem
+    layout = gl.NVMMASharedLayout(128, 16, rank=2)
+    shape = [call.k.shape[0] * call.k.shape[1], problem.head_dim]
+    strides = [call.k.stride(1), 1]
+    latent = TensorDescriptor(call.k, shape, strides, [64, 256], layout)
+    rope = TensorDescriptor(call.k, shape, strides, [64, 64], layout)
+    work_tiles = plan.work_tiles(problem)
+    programs = work_tiles
+    if plan.num_splits > 1:
+        programs = work_tiles * (plan.num_splits + 64 // plan.combine_rows)
+    workspace = _workspace_parts(call, plan)
+    if plan.num_splits == 1:
+        # Never touched with one split, but a Gluon tuple cannot hold None.
+        workspace = (call.seqused_k,) * 3
+    hopper_mla_decode_kernel[(programs,)](
+        call.q, latent, rope, call.out, call.lse, _row_strides(call.q), _row_strides(call.out),
+        lse_strides, *paging, call.seqused_k, (problem.window_left, problem.window_right),
+        (call.scale, call.softcap if problem.softcap else None, call.sink),
+        (call.skip_tensor, call.skip_value), call.stats,
+        (problem.seqlen_q, problem.heads_q, problem.batch), workspace,
+        WINDOWED=(problem.window_left >= 0, problem.window_right >= 0),
+        HAS_ROPE=problem.head_dim == 576, SKIP=problem.skip, SKIP_RELATIVE=call.skip_relative,
+        NUM_SPLITS=plan.num_splits, COMBINE_ROWS=plan.combine_rows,
+        SPLIT_BLOCK=plan.split_block, num_warps=4,
+    )  # fmt: skip

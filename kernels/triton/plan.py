@@ -1,0 +1,190 @@
+"""Which Triton kernel runs a problem and with what tiles: frozen, resolved before the launch."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from cute_fmha.problem import Problem, Target
+from cute_fmha.tiling import ceil_div
+
+COUNTER_BYTES = 64 << 10
+"""Head of the workspace: int32 tickets, finished programs, arrivals of each work tile."""
+
+COMBINE_ELEMENTS = 16
+"""(row, split) pairs a combine program holds at once; with Dv columns each in registers."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles and schedule of one launch. A work tile is ``tile_m`` rows; with ``pack_heads`` rows
+    pack query positions and the heads of a group (position-major)."""
+
+    kernel: Literal["prefill", "decode", "hopper_mla_decode"]
+    tile_m: int
+    tile_n: int
+    pack_heads: bool
+    num_warps: int
+    num_stages: int
+    num_splits: int = 1
+    combine_rows: int = 1
+    split_block: int = 1
+
+    def tiles_m(self, problem: Problem) -> int:
+        rows = problem.seqlen_q * (problem.group if self.pack_heads else 1)
+        return ceil_div(rows, self.tile_m)
+
+    def work_tiles(self, problem: Problem) -> int:
+        heads = problem.heads_kv if self.pack_heads else problem.heads_q
+        return self.tiles_m(problem) * heads * problem.batch
+
+    def workspace_bytes(self, problem: Problem) -> int:
+        """Bytes of workspace the launch needs: counters, then FP32 m, l and O of every split."""
+        if self.num_splits == 1:
+            return 0
+        row_bytes = 4 * (2 + problem.head_dim_v)
+        return COUNTER_BYTES + (
+            self.work_tiles(problem) * self.num_splits * self.tile_m * row_bytes
+        )
+
+
+def head_dim_parts(head_dim: int) -> tuple[int, int]:
+    """``head_dim`` as a power of two plus a power-of-two remainder (0 for none)."""
+    main = 1 << (head_dim.bit_length() - 1)
+    return main, head_dim - main
+
+
+def next_power_of_two(value: int) -> int:
+    return 1 << max(value - 1, 0).bit_length()
+
+
+def interpreting() -> bool:
+    """True under Triton's interpreter, which runs the kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def can_implement(problem: Problem, target: Target) -> str | None:
+    """Why no Triton kernel here can run ``problem`` on ``target``; None when one can."""
+    if target.device_type == "cpu":
+        if not interpreting():
+            return "the Triton kernels need a CUDA device (or TRITON_INTERPRET=1 on CPU tensors)"
+        if problem.dtype == torch.bfloat16:
+            return "Triton's interpreter computes bfloat16 products wrongly; use fp16 or fp32"
+    elif target.device_type != "cuda":
+        return f"the Triton kernels need a CUDA device; got {target.device_type}"
+    elif target.arch < 80:
+        return f"the Triton kernels need compute capability 8.0 or later; got {target.arch / 10}"
+    elif problem.dtype == torch.float32:
+        return "the Triton kernels take bfloat16 and float16 (float32 only in the interpreter)"
+    if not problem.epilogue.startswith("identity"):
+        return f"the Triton kernels have no epilogue {problem.epilogue!r} yet"
+    if problem.block_mask is not None:
+        if problem.num_splits > 1:
+            return "a block mask and num_splits > 1 exclude each other"
+        for name, block in zip(("block_m", "block_n"), problem.block_mask, strict=True):
+            if block % 16:
+                return f"block mask {name} must be a multiple of 16; got {block}"
+    return None
+
+
+def _largest_divisor(limit: int, block: int) -> int:
+    """The largest power of two <= limit that divides ``block``."""
+    return min(limit, block & -block)
+
+
+def choose_splits(work_tiles: int, tiles_n: int, slots: int, limit: int) -> int:
+    """Splits that fill ``slots`` concurrent programs best: the fewest within 10 % of the best wave
+    efficiency, since each further split costs partial-result traffic."""
+    limit = max(1, min(limit, tiles_n, slots))
+    if work_tiles >= slots * 4 or limit == 1:
+        return 1
+    efficiency = []
+    for splits in range(1, limit + 1):
+        waves = work_tiles * splits / slots
+        # Whole tiles per split: a split count that leaves one of them longer gains nothing.
+        balance = tiles_n / (splits * ceil_div(tiles_n, splits))
+        efficiency.append(waves / -(-work_tiles * splits // slots) * balance)
+    best = max(efficiency)
+    return next(i + 1 for i, e in enumerate(efficiency) if e >= 0.9 * best)
+
+
+def _prefill_plan(problem: Problem, target: Target) -> Plan:
+    wide = max(problem.head_dim, problem.head_dim_v)
+    if target.device_type == "cpu":
+        tile_m, tile_n, warps, stages = 32, 32, 4, 1
+    elif wide <= 128:
+        tile_m, tile_n, warps, stages = (128, 64, 8, 3) if target.arch >= 90 else (128, 64, 4, 3)
+    elif wide <= 256:
+        tile_m, tile_n, warps, stages = 128, 64, 8, 2
+    else:
+        tile_m, tile_n, warps, stages = 32, 32, 8, 2
+    if problem.block_mask is not None:
+        tile_m = _largest_divisor(tile_m, problem.block_mask[0])
+        tile_n = _largest_divisor(tile_n, problem.block_mask[1])
+    return Plan("prefill", tile_m, tile_n, False, warps, stages)
+
+
+def _auto_splits(problem: Problem, work_tiles: int, tile_n: int, slots: int) -> int:
+    tiles_n = ceil_div(problem.seqlen_k, tile_n)
+    if problem.window_left >= 0:
+        span = problem.window_left + problem.seqlen_q + max(problem.window_right, 0)
+        tiles_n = min(tiles_n, ceil_div(span, tile_n) + 1)
+    return choose_splits(work_tiles, tiles_n, slots, 128)
+
+
+def _decode_plan(problem: Problem, target: Target, tma: bool) -> Plan:
+    rows = max(problem.seqlen_q * problem.group, 1)
+    wide = max(problem.head_dim, problem.head_dim_v)
+    kernel: Literal["decode", "hopper_mla_decode"] = "decode"
+    tile_m = min(max(next_power_of_two(rows), 16), 64)
+    occupancy = 1
+    if target.device_type == "cpu":
+        tile_n, warps, stages = 32, 4, 1
+    elif tma and hopper_mla_reason(problem, target) is None:
+        kernel, tile_m, tile_n, warps, stages = "hopper_mla_decode", 64, 64, 4, 1
+    elif wide > 256:
+        tile_m = min(tile_m, 32 if target.arch >= 90 else 64)
+        tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
+    else:
+        tile_n, warps, stages, occupancy = 64, 4, 3 if wide <= 128 else 2, 2
+    plan = Plan(kernel, tile_m, tile_n, True, warps, stages)
+    work_tiles = plan.work_tiles(problem)
+    splits = problem.num_splits
+    if splits == 0:
+        splits = _auto_splits(problem, work_tiles, tile_n, target.num_sms * occupancy)
+    if work_tiles + 2 > COUNTER_BYTES // 4:
+        splits = 1
+    # At most one wave of combine programs, each with whole rows of one work tile.
+    combine = 1
+    while combine < tile_m and work_tiles * (tile_m // combine) > target.num_sms:
+        combine *= 2
+    split_block = min(next_power_of_two(splits), max(1, COMBINE_ELEMENTS // combine))
+    return replace(plan, num_splits=splits, combine_rows=combine, split_block=split_block)
+
+
+def hopper_mla_reason(problem: Problem, target: Target) -> str | None:
+    """Why the Hopper MLA kernel cannot run ``problem``; None when it can."""
+    if problem.op != "mla_decode" or target.arch != 90:
+        return "it is an MLA decode kernel for compute capability 9.0"
+    if problem.page_size % 64:
+        return f"it takes page sizes that are multiples of 64; got {problem.page_size}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16; got {problem.dtype}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def make_plan(problem: Problem, target: Target, tma: bool = True) -> Plan:
+    """The launch of ``problem``: decode where packing heads fills a tile better than positions.
+
+    ``tma`` is False where the tensors' strides or alignment rule out TMA descriptors.
+    """
+    few_rows = problem.seqlen_q * problem.group <= 64 or problem.seqlen_q <= 8
+    decode = problem.op == "mla_decode" or problem.num_splits > 1
+    if decode or (problem.block_mask is None and few_rows):
+        return _decode_plan(problem, target, tma)
+    return _prefill_plan(problem, target)

@@ -1,0 +1,253 @@
+"""The custom ops under PyTorch's own checks, under torch.compile, and what importing costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import cute_fmha
+from cute_fmha import SkipSoftmax, SkipStats, ops, skip_softmax
+from cute_fmha.epilogues import Identity
+from cute_fmha.testing import (
+    AttentionCase,
+    Case,
+    Heads,
+    MlaCase,
+    Options,
+    Source,
+    check,
+    dense_case,
+    mla_case,
+    packed_case,
+    paged_case,
+    skip_friendly,
+)
+
+GQA = Heads(4, 2, 64, 64)
+ALL = Options(0.2, True, (40, -1), 3.0, True, (64, 64, 0.7))
+CASES = {
+    "dense": lambda: dense_case(2, 5, 9, GQA, Options(causal=True)),
+    "dense, all options": lambda: dense_case(2, 130, 200, GQA, ALL, seqused_k=[200, 3]),
+    "packed": lambda: packed_case([3, 0, 4], [5, 2, 0], GQA),
+    "paged": lambda: paged_case(2, [5, 17, 0], 16, GQA, Options(sink=True)),
+    "paged, packed queries": lambda: paged_case([2, 0, 5], [5, 17, 0], 16, GQA),
+    "mla": lambda: mla_case(2, [5, 0, 17], 16, 3),
+}
+cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
+
+
+def recorded_arguments(case: Case, monkeypatch: pytest.MonkeyPatch, **call: Any) -> tuple[Any, ...]:
+    """(op, its positional arguments) as the public call passes them."""
+    name = "mla_decode" if isinstance(case, MlaCase) else "attention"
+    seen: list[tuple[Any, ...]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.cute_fmha, name, lambda *arguments: seen.append(arguments))
+        case.run(backend="reference", **call)
+    (arguments,) = seen
+    return getattr(torch.ops.cute_fmha, name).default, arguments
+
+
+@cases
+@pytest.mark.parametrize("counting", [False, True])
+def test_opcheck(make, counting, monkeypatch):
+    """Schema (which arguments are written), autograd registration, fakes, dynamic shapes."""
+    call = {}
+    if counting:
+        call = {"stats": SkipStats("cpu"), "skip": SkipSoftmax(torch.tensor([0.1]))}
+    op, arguments = recorded_arguments(make(), monkeypatch, **call)
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("name", ["attention", "mla_decode"])
+def test_schema_declares_every_written_argument(name):
+    schema = getattr(torch.ops.cute_fmha, name).default._schema
+    written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
+    assert written == ["out", "lse", "workspace", "stats"]
+    assert list(schema.returns) == []
+
+
+def compiled(function, backend: str = "aot_eager", **options: Any):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+def test_op_is_called_with_what_it_declares(monkeypatch):
+    for make in CASES.values():
+        op, arguments = recorded_arguments(make(), monkeypatch)
+        assert len(arguments) == len(op._schema.arguments)
+
+
+@cases
+def test_compiles_into_one_graph(make):
+    case = make()
+    out, lse = compiled(lambda: case.run(backend="reference"))()
+    expected_out, expected_lse = case.run(backend="reference")
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+    check(case, out, lse)
+
+
+def surrounded(case: AttentionCase | MlaCase, bias: torch.Tensor) -> torch.Tensor:
+    """A graph with work before and after the op, which functionalisation must keep in order."""
+    out, lse = replace(case, q=case.q * 2).run(backend="reference")
+    return out * bias + lse.mean()
+
+
+@pytest.mark.parametrize("make", [CASES["dense"], CASES["mla"]], ids=["dense", "mla"])
+def test_compiles_inside_a_graph(make):
+    case, bias = make(), torch.tensor(0.5)
+    actual = compiled(surrounded)(case, bias)
+    assert torch.equal(actual, surrounded(case, bias))
+
+
+def test_compiled_outputs_are_written_in_place():
+    case = dense_case(1, 3, 5, GQA)
+    out, lse = torch.zeros(1, 3, 4, 64, dtype=torch.bfloat16), torch.zeros(1, 4, 3)
+
+    def step(out: torch.Tensor, lse: torch.Tensor) -> None:
+        case.run(out=(out, lse), backend="reference")
+
+    compiled(step)(out, lse)
+    check(case, out, lse)
+
+
+def test_compiled_calls_count_skip_and_follow_the_context():
+    source, skip = skip_friendly(Source(torch.float32, gap_block=128, seed=5))
+    case = dense_case(1, 128, 1536, Heads(1, 1, 64, 64), Options(), source)
+    stats, rate = SkipStats("cpu"), torch.tensor([skip.threshold])
+
+    def counted(**call: Any) -> tuple[int, int]:
+        stats.reset()
+        step = compiled(lambda: case.run(stats=stats, backend="reference", **call))
+        step()
+        return stats.read()
+
+    assert counted() == (0, 12)
+    skipped, total = counted(skip=skip)
+    assert 0 < skipped < total == 12
+    assert counted(skip=SkipSoftmax(rate)) == (skipped, total)
+    ambient = compiled(lambda: case.run(stats=stats, backend="reference"))
+    ambient()
+    stats.reset()
+    with skip_softmax(skip):
+        ambient()
+    assert stats.read() == (skipped, total), "the graph outside the context was reused inside"
+    stats.reset()
+    ambient()
+    assert stats.read() == (0, total)
+
+
+def test_compiled_graph_is_reused_for_other_lengths():
+    """``cache_seqlens`` is data: new lengths recompile nothing."""
+    case = mla_case(1, [30, 40], 16, 3)
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = compiled(
+        lambda lengths: replace(case, cache_seqlens=lengths).run(backend="reference"), graphs
+    )
+    for lengths in ([30, 40], [3, 0], [17, 39]):
+        tensor = torch.tensor(lengths, dtype=torch.int32)
+        check(replace(case, cache_seqlens=tensor), *step(tensor))
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_dynamic_shapes_compile_once(paged):
+    """Another batch size or length recompiles nothing, or a server would run out of its limit.
+
+    The sizes of the first call differ from each other: PyTorch assumes that equal ones stay equal.
+    """
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = compiled(
+        lambda q, k, v, options: cute_fmha.attention(q, k, v, **options, backend="reference"),
+        graphs, dynamic=True,
+    )  # fmt: skip
+    counts = []
+    for batch, length in ((5, 11), (3, 7), (6, 9), (9, 37)):
+        options = Options(causal=True)
+        if paged:
+            lengths = [length * 9 + i for i in range(batch)]
+            case = paged_case(length, lengths, 16, GQA, options)
+        else:
+            case = dense_case(batch, length, length + 2, GQA, options)
+        check(case, step(case.q, case.k, case.v, case.common), None)
+        counts.append(graphs.frame_count)
+    assert counts[0] > 0
+    assert counts[-1] == counts[0]
+
+
+def test_dynamic_mla_batch_compiles_once():
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = compiled(
+        lambda *tensors: cute_fmha.mla_decode(*tensors, backend="reference"), graphs, dynamic=True
+    )
+    counts = []
+    for batch in (5, 4, 9):
+        case = mla_case(2, list(range(90, 90 + batch)), 16, 3)
+        out = step(case.q, case.kv_cache, case.block_table, case.cache_seqlens)
+        check(case, out, None)
+        counts.append(graphs.frame_count)
+    assert counts[-1] == counts[0] > 0
+
+
+def test_compiles_with_an_epilogue():
+    case = dense_case(1, 3, 5, GQA)
+    out, lse = compiled(lambda: case.run(epilogue=Identity(torch.float32), backend="reference"))()
+    assert out.dtype == torch.float32
+    check(case, out, lse)
+
+
+def test_inductor_compiles():
+    """One case through code generation: buffers that the op writes must not be reused early."""
+    case = dense_case(1, 3, 5, GQA, Options(), Source(torch.float32))
+    bias = torch.tensor(0.5)
+    actual = compiled(surrounded, "inductor")(case, bias)
+    torch.testing.assert_close(actual, surrounded(case, bias), rtol=1e-6, atol=1e-7)
+
+
+def test_fake_tensors_run_no_kernel():
+    with torch._subclasses.FakeTensorMode() as mode:
+        q = torch.empty(2, 4, 4, 64, dtype=torch.bfloat16)
+        out, lse = cute_fmha.attention(q, q, q, return_lse=True, backend="reference")
+    assert mode is not None
+    assert (tuple(out.shape), out.dtype) == ((2, 4, 4, 64), torch.bfloat16)
+    assert (tuple(lse.shape), lse.dtype) == ((2, 4, 4), torch.float32)
+
+
+def test_call_carries_the_problem(monkeypatch):
+    """What dispatch receives, field by field, for a call that sets everything."""
+    calls: list[ops.Call] = []
+    monkeypatch.setattr(ops.dispatch, "run", lambda call, backend: calls.append(call))
+    case = dense_case(2, 130, 200, GQA, ALL, seqused_k=[200, 3])
+    case.run(skip=SkipSoftmax(threshold_scale_factor=7.0), num_splits=3, backend="reference")
+    mla_case(2, [5, 17], 16, 3).run(window=(9, -1), backend="reference")
+    dense, latent = calls
+    p = dense.problem
+    assert (p.op, p.layout, p.packed_q, p.batch) == ("attention", "dense", False, 2)
+    assert (p.seqlen_q, p.seqlen_k, p.group, p.head_dim, p.head_dim_v) == (130, 200, 2, 64, 64)
+    assert (p.window_left, p.window_right, p.softcap, p.sink) == (40, 0, True, True)
+    assert (p.block_mask, p.skip, p.stats, p.num_splits) == ((64, 64), True, False, 3)
+    assert (dense.scale, dense.softcap) == (0.2, 3.0)
+    assert (dense.skip_value, dense.skip_relative, dense.skip_tensor) == (7.0, True, None)
+    p = latent.problem
+    assert (p.op, p.layout, p.page_size, p.group) == ("mla_decode", "paged", 16, 3)
+    assert (p.window_left, p.window_right, p.head_dim, p.head_dim_v) == (9, 0, 576, 512)
+    assert p.seqlen_k == latent.block_table.shape[1] * 16
+    assert latent.v.shape[-1] == 512
+    assert latent.v.data_ptr() == latent.k.data_ptr()
+
+
+@pytest.mark.parametrize("module", ["cute_fmha", "cute_fmha.testing", "cute_fmha.reference"])
+def test_import_loads_no_backend(module):
+    program = (
+        f"import sys, {module}\n"
+        "heavy = {'triton', 'cutlass', 'transformers'} & set(sys.modules)\n"
+        "own = [m for m in sys.modules if m.startswith('cute_fmha.kernels')]\n"
+        "assert not heavy and not own, (heavy, own)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)

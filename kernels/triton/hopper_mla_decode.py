@@ -36,15 +36,16 @@ shared memory holds only the pair in flight.
 
 Split-KV: tickets, arrivals and combine programs exactly as in decode.py (two arrivals a split).
 
-Constraints: 576/512 or 512/512, page size a multiple of 64, pages without gaps between rows.
+Pages: a page that is a multiple of 64 tokens comes by TMA (load, 1 warp). Smaller or unevenly
+spaced pages are gathered row by row with cp.async (load, 4 warps).
+
+Constraints: 576/512 or 512/512, rows on 16-byte boundaries.
 """
 
-import types
-
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
     fence_async_shared,
     mbarrier,
     tma,
@@ -52,40 +53,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from cute_fmha import tiling
+from cute_fmha.kernels.triton.hopper_splitkv import (
+    DEAD_MAX,
+    HALF,
+    LOG2_E,
+    NO_MAX,
+    O_LAYOUT,
+    O_ROWS,
+    ROWS,
+    combine,
+    kv_tile_ranges,
+    skip_threshold,
+    split_tile_range,
+    store_half,
+    warpgroup_barrier,
+)
 
-NO_MAX = gl.constexpr(-1.0e30)
-DEAD_MAX = gl.constexpr(1.0e30)
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
-ROWS = gl.constexpr(64)
 BLOCK = gl.constexpr(64)
-HALF = gl.constexpr(256)
 ROPE = gl.constexpr(64)
 
 _S_MMA = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-_O_MMA = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
 S_LAYOUT = gl.constexpr(_S_MMA)
-O_LAYOUT = gl.constexpr(_O_MMA)
-Q_ROPE_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, _S_MMA, 2))
 S_ROWS = gl.constexpr(gl.SliceLayout(1, _S_MMA))
 S_COLUMNS = gl.constexpr(gl.SliceLayout(0, _S_MMA))
-O_ROWS = gl.constexpr(gl.SliceLayout(1, _O_MMA))
+Q_ROPE_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, _S_MMA, 2))
+COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 ONE_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-O_COLUMNS = gl.constexpr(gl.SliceLayout(0, _O_MMA))
-
-# Triton 3.6 calls it thread_barrier, 3.7 barrier.
-warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
-
-
-def _device(function):
-    """`gluon.jit` of plain integer arithmetic from a module that knows nothing of Triton."""
-    names = {**function.__globals__, "tl": tl, "gl": gl}
-    return gluon.jit(types.FunctionType(function.__code__, names, function.__name__))
-
-
-kv_tile_ranges = _device(tiling.kv_tile_ranges)
-split_tile_range = _device(tiling.split_tile_range)
 
 
 @gluon.jit
@@ -99,18 +92,26 @@ def _signal(barrier):
 @gluon.jit
 def _zero_rows(half, valid):
     """Zero token rows >= valid of a [64, 256] half-block: 0 · NaN must not reach O."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    rows = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
+    rows = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, COPY_LAYOUT))
     for part in gl.static_range(4):
         chunk = half.slice(part * 64, 64, dim=1)
-        values = chunk.load(layout)
+        values = chunk.load(COPY_LAYOUT)
         chunk.store(gl.where((rows < valid)[:, None], values, gl.zeros_like(values)))
 
 
 @gluon.jit
+def _wait_full(barrier, phase, GATHER: gl.constexpr):
+    """Wait for a half-block; cp.async wrote it through the generic proxy, wgmma reads past that."""
+    mbarrier.wait(barrier, phase)
+    if GATHER:
+        fence_async_shared()
+
+
+@gluon.jit
 def _scores(
-    q, q_rope, k, k_rope, full, phase, zero, BLOCK_INDEX: gl.constexpr, HAS_ROPE: gl.constexpr
-):
+    q, q_rope, k, k_rope, full, phase, zero,
+    BLOCK_INDEX: gl.constexpr, HAS_ROPE: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
     """S = Q Kᵀ of block 0 or 1 of the pair.
 
     zero: 0, but unknown to the compiler, which would otherwise hoist some forty matrix descriptors
@@ -119,9 +120,9 @@ def _scores(
     k_left = k.index(2 * BLOCK_INDEX + zero).permute((1, 0))
     k_right = k.index(2 * BLOCK_INDEX + 1 + zero).permute((1, 0))
     s = gl.zeros([ROWS, BLOCK], gl.float32, S_LAYOUT)
-    mbarrier.wait(full[2 * BLOCK_INDEX], phase)
+    _wait_full(full[2 * BLOCK_INDEX], phase, GATHER)
     s = warpgroup_mma(q.index(zero), k_left, s, use_acc=False, is_async=True)
-    mbarrier.wait(full[2 * BLOCK_INDEX + 1], phase)
+    _wait_full(full[2 * BLOCK_INDEX + 1], phase, GATHER)
     s = warpgroup_mma(q.index(1 + zero), k_right, s, is_async=True)
     if HAS_ROPE:
         rope = k_rope.index(BLOCK_INDEX + zero).permute((1, 0))
@@ -177,10 +178,11 @@ def _load_partition(
     rope_bytes: gl.constexpr = BLOCK * ROPE * 2 if HAS_ROPE else 0
     pairs = (hi - lo + 1) // 2
     last = hi - 1
+    # An empty range has no page to look up.
     tokens0 = lo * BLOCK
-    tokens1 = gl.minimum(lo + 1, last) * BLOCK
-    page0 = gl.load(table + tokens0 // page_size)
-    page1 = gl.load(table + tokens1 // page_size)
+    tokens1 = gl.maximum(gl.minimum(lo + 1, last), lo) * BLOCK
+    page0 = gl.load(table + tokens0 // page_size, mask=lo < hi, other=0)
+    page1 = gl.load(table + tokens1 // page_size, mask=lo < hi, other=0)
     for pair in range(pairs):
         phase = (pair & 1) ^ 1
         row0 = page0 * page_size + tokens0 % page_size
@@ -213,6 +215,62 @@ def _load_partition(
             tma.async_copy_global_to_shared(
                 rope, [row1, 2 * HALF], full[3], k_rope.index(1), pred=odd
             )
+
+
+@gluon.jit
+def _token_rows(block, block_end, cache, cache_strides, table, page_size, length_k):
+    """Pointers to the 64 latent rows of a block through the page table, and which of them exist."""
+    tokens = block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, COPY_LAYOUT))
+    exists = (tokens < length_k) & (block < block_end)
+    page = gl.load(table + tokens // page_size, mask=exists, other=0)
+    row = cache + page.to(gl.int64) * cache_strides[0] + (tokens % page_size) * cache_strides[1]
+    return row, exists
+
+
+@gluon.jit
+def _gather_columns(rows, exists, FIRST: gl.constexpr, WIDTH: gl.constexpr, destination):
+    """cp.async of columns [FIRST, FIRST + WIDTH) of the rows into one half-block, or rope block."""
+    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, COPY_LAYOUT))
+    for part in gl.static_range(WIDTH // 64):
+        pointers = rows[:, None] + (FIRST + part * 64 + columns)[None, :]
+        target = destination.slice(part * 64, 64, dim=1)
+        async_copy.async_copy_global_to_shared(target, pointers, mask=exists[:, None])
+
+
+@gluon.jit
+def _gather_partition(
+    cache, cache_strides, k, k_rope, full, empty, block_range, table, page_size, length_k,
+    HAS_ROPE: gl.constexpr,
+):  # fmt: skip
+    """Load, for pages smaller than a block: as _load_partition with cp.async, row by row.
+
+    Every thread's copies arrive on `full` (128 arrivals). Consumers fence the proxies.
+    """
+    lo, hi = block_range
+    for pair in range((hi - lo + 1) // 2):
+        phase = (pair & 1) ^ 1
+        block = lo + 2 * pair
+        rows0, exists0 = _token_rows(block, hi, cache, cache_strides, table, page_size, length_k)
+        rows1, exists1 = _token_rows(
+            block + 1, hi, cache, cache_strides, table, page_size, length_k
+        )
+        mbarrier.wait(empty[0], phase)
+        _gather_columns(rows0, exists0, 0, HALF, k.index(0))
+        async_copy.mbarrier_arrive(full[0], increment_count=False)
+        mbarrier.wait(empty[1], phase)
+        _gather_columns(rows0, exists0, HALF, HALF, k.index(1))
+        if HAS_ROPE:
+            _gather_columns(rows0, exists0, 2 * HALF, ROPE, k_rope.index(0))
+        async_copy.mbarrier_arrive(full[1], increment_count=False)
+        if block + 1 < hi:
+            mbarrier.wait(empty[2], phase)
+            _gather_columns(rows1, exists1, 0, HALF, k.index(2))
+            async_copy.mbarrier_arrive(full[2], increment_count=False)
+            mbarrier.wait(empty[3], phase)
+            _gather_columns(rows1, exists1, HALF, HALF, k.index(3))
+            if HAS_ROPE:
+                _gather_columns(rows1, exists1, 2 * HALF, ROPE, k_rope.index(1))
+            async_copy.mbarrier_arrive(full[3], increment_count=False)
 
 
 @gluon.jit
@@ -267,15 +325,17 @@ def _fetch_queries(
 
 @gluon.jit
 def _left_partition(
-    shared, q_base, q_strides, block_range, bounds, lengths, windows, row_begin, group, scale,
-    softcap, log2_threshold, place, target, sink, lse, stats,
+    shared, query, work, scale, softcap, log2_threshold, place, target, sink, lse, stats,
     HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
+    GATHER: gl.constexpr,
 ):  # fmt: skip
     """Left. Reads K0, V0_L, V1_L, P1. Writes P0, max0, O_L.
 
     Waits: K0 and K1_L `full`, `p1`. Signals: `max0`, `p0`, `empty` of K0_L and K1_L.
     """
     q, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready = shared
+    q_base, q_strides = query
+    block_range, bounds, lengths, windows, row_begin, group = work
     lo, hi = block_range
     pairs = (hi - lo + 1) // 2
     length_q, length_k = lengths
@@ -292,7 +352,7 @@ def _left_partition(
         zero = pair >> 30
         block = lo + 2 * pair
         odd = block + 1 < hi
-        s = _scores(q, q_rope, k, k_rope, full, phase, zero, 0, HAS_ROPE)
+        s = _scores(q, q_rope, k, k_rope, full, phase, zero, 0, HAS_ROPE, GATHER)
         if (block + 1) * BLOCK > length_k:
             _zero_rows(k.index(zero), length_k - block * BLOCK)
             _zero_rows(k.index(1 + zero), length_k - block * BLOCK)
@@ -325,7 +385,7 @@ def _left_partition(
         if odd & (keep1 != 0):
             alpha = gl.exp2(max0 - row_max)
             row_sum = row_sum * alpha
-            mbarrier.wait(full[2], phase)
+            _wait_full(full[2], phase, GATHER)
             acc = _multiply_add(
                 _scaled(acc, alpha), probabilities.index(1 + zero), k.index(2 + zero)
             )
@@ -334,22 +394,24 @@ def _left_partition(
     _signal(announced[0])
     mbarrier.wait(announced[1], pairs & 1)
     row_sum += maxima[1].load(S_ROWS)
-    _store_half(
+    store_half(
         acc, row_max, row_sum, skipped, hi - lo, place, target, sink, lse, stats, 0, NUM_SPLITS
     )
 
 
 @gluon.jit
 def _right_partition(
-    shared, q_base, q_strides, block_range, bounds, lengths, windows, row_begin, group, scale,
-    softcap, log2_threshold, place, target, sink, lse, stats,
+    shared, query, work, scale, softcap, log2_threshold, place, target, sink, lse, stats,
     HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
+    GATHER: gl.constexpr,
 ):  # fmt: skip
     """Right. Reads K1, V1_R, V0_R, P0, max0. Writes P1, max1, O_R.
 
     Waits: K1 and K0_R `full`, `max0`, `p0`. Signals: `p1` (with max1), `empty` of K1_R and K0_R.
     """
     q, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready = shared
+    q_base, q_strides = query
+    block_range, bounds, lengths, windows, row_begin, group = work
     lo, hi = block_range
     pairs = (hi - lo + 1) // 2
     length_q, length_k = lengths
@@ -368,7 +430,7 @@ def _right_partition(
         odd = block < hi
         s = gl.full([ROWS, BLOCK], float("-inf"), gl.float32, S_LAYOUT)
         if odd:
-            s = _scores(q, q_rope, k, k_rope, full, phase, zero, 1, HAS_ROPE)
+            s = _scores(q, q_rope, k, k_rope, full, phase, zero, 1, HAS_ROPE, GATHER)
             if (block + 1) * BLOCK > length_k:
                 _zero_rows(k.index(2 + zero), length_k - block * BLOCK)
                 _zero_rows(k.index(3 + zero), length_k - block * BLOCK)
@@ -394,7 +456,7 @@ def _right_partition(
         if keep0 != 0:
             alpha = gl.exp2(row_max - max0)
             row_sum = row_sum * alpha
-            mbarrier.wait(full[1], phase)
+            _wait_full(full[1], phase, GATHER)
             acc = _multiply_add(_scaled(acc, alpha), probabilities.index(zero), k.index(1 + zero))
         mbarrier.arrive(empty[1], count=1)
         if odd & (keep1 != 0):
@@ -410,124 +472,16 @@ def _right_partition(
     maxima[1].store(row_sum)
     _signal(announced[1])
     row_sum += left_sum
-    _store_half(
-        acc, row_max, row_sum, skipped, 0, place, target, sink, lse, stats, HALF, NUM_SPLITS
-    )
-
-
-@gluon.jit
-def _store_rows(
-    acc, row_max, row_sum, rows, columns, target, sink, lse, STORE_LSE: gl.constexpr,
-    LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Sink, normalise, and store rows (any layout) of the output and their LSE."""
-    batch, live_rows, group, out, out_strides, lse_strides = target
-    live = rows < live_rows
-    position = (rows // group).to(gl.int64)
-    head = rows % group
-    if sink is not None:
-        sink_log2 = gl.load(sink + head) * LOG2_E
-        joint_max = gl.maximum(row_max, sink_log2)
-        alpha = gl.exp2(row_max - joint_max)
-        row_sum = row_sum * alpha + gl.exp2(sink_log2 - joint_max)
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT))[:, None]
-        row_max = joint_max
-    divisor = gl.where(row_sum == 0.0, 1.0, row_sum)
-    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, LAYOUT))[:, None]
-    out_row = out + batch.to(gl.int64) * out_strides[0] + position * out_strides[1]
-    out_row = gl.convert_layout(out_row + head * out_strides[2], gl.SliceLayout(1, LAYOUT))
-    mask = gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None]
-    gl.store(out_row[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    if lse is not None and STORE_LSE:
-        lse_row = lse + batch.to(gl.int64) * lse_strides[0] + head.to(gl.int64) * lse_strides[1]
-        gl.store(lse_row + position, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
-
-
-@gluon.jit
-def _store_half(
-    acc, row_max, row_sum, skipped, total, place, target, sink, lse, stats,
-    FIRST_COLUMN: gl.constexpr, NUM_SPLITS: gl.constexpr,
-):  # fmt: skip
-    """One half of O: to the output (one split), or with m and l to the workspace (several)."""
-    row_begin, slot, arrivals, row_stats, partials = place
-    lane = gl.arange(0, ROWS, layout=O_ROWS)
-    columns = FIRST_COLUMN + gl.arange(0, HALF, layout=O_COLUMNS)
-    row_max = gl.convert_layout(row_max, O_ROWS)
-    row_sum = gl.convert_layout(row_sum, O_ROWS)
-    if stats is not None:
-        gl.atomic_add(stats, skipped.to(gl.int64), sem="relaxed")
-        if FIRST_COLUMN == 0:
-            gl.atomic_add(stats + 1, total.to(gl.int64), sem="relaxed")
-    if NUM_SPLITS == 1:
-        _store_rows(
-            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, FIRST_COLUMN == 0,
-            O_LAYOUT,
-        )  # fmt: skip
-    else:
-        base = slot.to(gl.int64) * ROWS
-        pointers = (partials + (base + lane) * (2 * HALF))[:, None] + columns[None, :]
-        gl.store(pointers, acc, mask=(row_begin + lane < target[1])[:, None])
-        if FIRST_COLUMN == 0:
-            gl.store(row_stats + 2 * base + lane, row_max)
-            gl.store(row_stats + 2 * base + ROWS + lane, row_sum)
-        # Every thread's partial stores come before the release that announces them.
-        warpgroup_barrier()
-        gl.atomic_add(arrivals, 1, sem="release")
-
-
-@gluon.jit
-def _combine(
-    work_tile, first, place, target, sink, lse,
-    NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr, SPLIT_BLOCK: gl.constexpr,
-):  # fmt: skip
-    """Reduce COMBINE_ROWS rows of one work tile, once both halves of every split arrived."""
-    # (row, split, column): a thread owns four columns of everything, so only columns move.
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 1, 4], [2, 1, 0])
-    stats_layout: gl.constexpr = gl.SliceLayout(2, layout)
-    out_layout: gl.constexpr = gl.SliceLayout(1, layout)
-    row_layout: gl.constexpr = gl.SliceLayout(1, stats_layout)
-    column_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
-    ROW_BLOCK: gl.constexpr = min(COMBINE_ROWS, 16 // SPLIT_BLOCK)
-    row_begin, _slot, arrivals, row_stats, partials = place
-    while gl.atomic_add(arrivals, 0, sem="acquire") < 2 * NUM_SPLITS:
-        pass
-    columns = gl.arange(0, 2 * HALF, layout=column_layout)
-    for offset in range(first, first + COMBINE_ROWS, ROW_BLOCK):
-        lane = offset + gl.arange(0, ROW_BLOCK, layout=row_layout)
-        row_max = gl.full([ROW_BLOCK], NO_MAX, gl.float32, row_layout)
-        row_sum = gl.zeros([ROW_BLOCK], gl.float32, row_layout)
-        acc = gl.zeros([ROW_BLOCK, 2 * HALF], gl.float32, out_layout)
-        for split_begin in range(0, NUM_SPLITS, SPLIT_BLOCK):
-            split = split_begin + gl.arange(0, SPLIT_BLOCK, layout=gl.SliceLayout(0, stats_layout))
-            slots = (work_tile.to(gl.int64) * NUM_SPLITS + split)[None, :] * ROWS
-            present = ((split < NUM_SPLITS)[None, :]) & (row_begin + lane < target[1])[:, None]
-            m_pointers = row_stats + 2 * slots + lane[:, None]
-            m = gl.load(m_pointers, mask=present, other=NO_MAX, cache_modifier=".cg")
-            sums = gl.load(m_pointers + ROWS, mask=present, other=0.0, cache_modifier=".cg")
-            o_pointers = (partials + (slots + lane[:, None]) * (2 * HALF))[:, :, None]
-            o = gl.load(
-                o_pointers + gl.expand_dims(columns[None, :], 1), mask=present[:, :, None],
-                other=0.0, cache_modifier=".cg",
-            )  # fmt: skip
-            new_max = gl.maximum(row_max, gl.max(m, axis=1))
-            weight = gl.exp2(m - new_max[:, None])
-            alpha = gl.exp2(row_max - new_max)
-            row_sum = row_sum * alpha + gl.sum(sums * weight, axis=1)
-            alpha = gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))
-            acc = acc * alpha[:, None] + gl.sum(o * weight[:, :, None], axis=1)
-            row_max = new_max
-        _store_rows(
-            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, True, out_layout
-        )
+    store_half(acc, row_max, row_sum, skipped, 0, place, target, sink, lse, stats, HALF, NUM_SPLITS)
 
 
 @gluon.jit
 def hopper_mla_decode_kernel(
-    q, latent, rope, out, lse, q_strides, out_strides, lse_strides, table, table_stride, page_size,
-    lengths, window, scores, skip, stats, sizes, workspace,
+    q, cache, latent, rope, out, lse, q_strides, cache_strides, out_strides, lse_strides, table,
+    table_stride, page_size, lengths, window, scores, skip, stats, sizes, workspace,
     WINDOWED: gl.constexpr, HAS_ROPE: gl.constexpr, SKIP: gl.constexpr,
     SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr,
-    SPLIT_BLOCK: gl.constexpr,
+    SPLIT_BLOCK: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """See the module docstring. latent, rope: TMA descriptors of the cache as [rows, width] with
     64 x 256 and 64 x 64 boxes. Tuples: window (left, right), scores (scale, softcap, sink), skip
@@ -552,9 +506,10 @@ def hopper_mla_decode_kernel(
         place = (row_begin, work_tile * NUM_SPLITS + split, arrivals, row_stats, partials)
         target = (batch, length_q * group, group, out, out_strides, lse_strides)
         _main(
-            q, latent, rope, lse, q_strides, table + batch.to(gl.int64) * table_stride, page_size,
+            q, cache, latent, rope, lse, q_strides, cache_strides,
+            table + batch.to(gl.int64) * table_stride, page_size,
             gl.load(lengths + batch), length_q, split, window, scores, skip, stats, place, target,
-            WINDOWED, HAS_ROPE, SKIP, SKIP_RELATIVE, NUM_SPLITS,
+            WINDOWED, HAS_ROPE, SKIP, SKIP_RELATIVE, NUM_SPLITS, GATHER,
         )  # fmt: skip
     else:
         if NUM_SPLITS > 1:
@@ -565,7 +520,7 @@ def hopper_mla_decode_kernel(
             place = (row_begin, work_tile, counters + 2 + work_tile, row_stats, partials)
             target = (batch, length_q * group, group, out, out_strides, lse_strides)
             first = (program % (ROWS // COMBINE_ROWS)) * COMBINE_ROWS
-            _combine(
+            combine(
                 work_tile, first, place, target, scores[2], lse, NUM_SPLITS, COMBINE_ROWS,
                 SPLIT_BLOCK,
             )  # fmt: skip
@@ -579,10 +534,10 @@ def hopper_mla_decode_kernel(
 
 @gluon.jit
 def _main(
-    q, latent, rope, lse, q_strides, table, page_size, length_k, length_q, split, window, scores,
-    skip, stats, place, target,
+    q, cache, latent, rope, lse, q_strides, cache_strides, table, page_size, length_k, length_q,
+    split, window, scores, skip, stats, place, target,
     WINDOWED: gl.constexpr, HAS_ROPE: gl.constexpr, SKIP: gl.constexpr,
-    SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr,
+    SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """Allocate, fetch Q, initialise the barriers, run the three partitions."""
     batch = target[0]
@@ -615,7 +570,9 @@ def _main(
     # full and empty of K0 L, K0 R, K1 L, K1 R; P0 with max0, P1 with max1: one arrival
     # each. Q: one of each consumer. Then the decisions on block 0 and 1.
     barriers = gl.allocate_shared_memory(gl.int64, [13, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(10):
+    for index in gl.static_range(4):
+        mbarrier.init(barriers.index(index), count=128 if GATHER else 1)
+    for index in gl.static_range(4, 10):
         mbarrier.init(barriers.index(index), count=1)
     q_ready = barriers.index(10)
     mbarrier.init(q_ready, count=2)
@@ -629,7 +586,7 @@ def _main(
     q_base = q + batch.to(gl.int64) * q_strides[0]
     log2_threshold = float("-inf")
     if SKIP:
-        log2_threshold = _skip_threshold(skip[0], skip[1], length_k, SKIP_RELATIVE)
+        log2_threshold = skip_threshold(skip[0], skip[1], length_k, SKIP_RELATIVE)
     block_range = (lo, hi)
     bounds = (full_begin, full_end)
     lengths = (length_q, length_k)
@@ -637,29 +594,34 @@ def _main(
     shared = (
         q_shared, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready
     )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (_left_partition, (shared, q_base, q_strides, block_range, bounds, lengths, windows,
-                row_begin, group, scores[0], scores[1], log2_threshold, place, target, scores[2],
-                lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS)),
-            (_right_partition, (shared, q_base, q_strides, block_range, bounds, lengths, windows,
-                row_begin, group, scores[0], scores[1], log2_threshold, place, target, scores[2],
-                lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS)),
-            (_load_partition, (latent, rope, k, k_rope, full, empty, block_range, table,
-                page_size, HAS_ROPE)),
-        ],
-        [4, 1],
-        [232, 24],
-    )  # fmt: skip
-
-
-@gluon.jit
-def _skip_threshold(skip_tensor, skip_value, length_k, RELATIVE: gl.constexpr):
-    """log2 λ; −inf where λ is off (as primitives.skip_threshold)."""
-    value = skip_value
-    if skip_tensor is not None:
-        value = gl.load(skip_tensor)
-    if RELATIVE:
-        value = value / gl.maximum(length_k, 1).to(gl.float32)
-    log2_value = gl.log2(gl.minimum(gl.where(value > 0.0, value, 1.0), 1.0))
-    return gl.where(value > 0.0, log2_value, float("-inf"))
+    query = (q_base, q_strides)
+    work = (block_range, bounds, lengths, windows, row_begin, group)
+    # Registers of (right, load); left gets the rest of 504.
+    if GATHER:
+        gl.warp_specialize(
+            [
+                (_left_partition, (shared, query, work, scores[0], scores[1], log2_threshold, place,
+                    target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
+                (_right_partition, (shared, query, work, scores[0], scores[1], log2_threshold,
+                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    GATHER)),
+                (_gather_partition, (cache, cache_strides, k, k_rope, full, empty, block_range,
+                    table, page_size, length_k, HAS_ROPE)),
+            ],
+            [4, 4],
+            [232, 40],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_left_partition, (shared, query, work, scores[0], scores[1], log2_threshold, place,
+                    target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
+                (_right_partition, (shared, query, work, scores[0], scores[1], log2_threshold,
+                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    GATHER)),
+                (_load_partition, (latent, rope, k, k_rope, full, empty, block_range, table,
+                    page_size, HAS_ROPE)),
+            ],
+            [4, 1],
+            [232, 24],
+        )  # fmt: skip

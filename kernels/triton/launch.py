@@ -71,17 +71,11 @@ def _row_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     return 0, tensor.stride(0), tensor.stride(1)
 
 
-def _tma_addressable(call: Call) -> bool:
-    """Whether the latent cache is one dense sequence of rows that a TMA descriptor can address."""
-    cache = call.k
-    if call.problem.op != "mla_decode":
-        return False
-    return (
-        cache.stride(0) == cache.shape[1] * cache.stride(1)
-        and cache.stride(1) % 8 == 0
-        and cache.data_ptr() % 16 == 0
-        and cache.numel() > 0
-    )
+def _cache_alignment(call: Call) -> tuple[bool, bool]:
+    """(rows start on 16 bytes, rows of consecutive pages are evenly spaced) of the keys."""
+    k = call.k
+    aligned = k.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in k.stride()[:-1])
+    return aligned and k.numel() > 0, k.dim() < 4 or k.stride(0) == k.shape[1] * k.stride(1)
 
 
 def run(call: Call) -> None:
@@ -89,7 +83,7 @@ def run(call: Call) -> None:
     problem = call.problem
     if call.out.numel() == 0:
         return
-    plan = make_plan(problem, target_of(call.q.device), _tma_addressable(call))
+    plan = make_plan(problem, target_of(call.q.device), *_cache_alignment(call))
     main, rest = head_dim_parts(problem.head_dim)
     lse_strides = (0, 0)
     if call.lse is not None:
@@ -152,19 +146,23 @@ def run(call: Call) -> None:
 
 
 def _run_hopper_mla_decode(
-    call: Call, plan: Plan, paging: tuple, lse_strides: tuple[int, int]
+    call: Call, plan: Plan, paging: tuple[object, ...], lse_strides: tuple[int, ...]
 ) -> None:
+    """Launch hopper_mla_decode.py."""
+    # Gluon is part of Triton but experimental: only a Hopper GPU needs it to import.
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from cute_fmha.kernels.triton.hopper_mla_decode import hopper_mla_decode_kernel
 
     problem = call.problem
-    layout = gl.NVMMASharedLayout(128, 16, rank=2)
-    shape = [call.k.shape[0] * call.k.shape[1], problem.head_dim]
-    strides = [call.k.stride(1), 1]
-    latent = TensorDescriptor(call.k, shape, strides, [64, 256], layout)
-    rope = TensorDescriptor(call.k, shape, strides, [64, 64], layout)
+    latent = rope = None
+    if not plan.gather:
+        layout = gl.NVMMASharedLayout(128, 16, rank=2)
+        shape = [call.k.shape[0] * call.k.shape[1], problem.head_dim]
+        strides = [call.k.stride(1), 1]
+        latent = TensorDescriptor(call.k, shape, strides, [64, 256], layout)
+        rope = TensorDescriptor(call.k, shape, strides, [64, 64], layout)
     work_tiles = plan.work_tiles(problem)
     programs = work_tiles
     if plan.num_splits > 1:
@@ -174,13 +172,14 @@ def _run_hopper_mla_decode(
         # Never touched with one split, but a Gluon tuple cannot hold None.
         workspace = (call.seqused_k,) * 3
     hopper_mla_decode_kernel[(programs,)](
-        call.q, latent, rope, call.out, call.lse, _row_strides(call.q), _row_strides(call.out),
-        lse_strides, *paging, call.seqused_k, (problem.window_left, problem.window_right),
+        call.q, call.k, latent, rope, call.out, call.lse, _row_strides(call.q),
+        _row_strides(call.k), _row_strides(call.out), lse_strides, *paging, call.seqused_k,
+        (problem.window_left, problem.window_right),
         (call.scale, call.softcap if problem.softcap else None, call.sink),
         (call.skip_tensor, call.skip_value), call.stats,
         (problem.seqlen_q, problem.heads_q, problem.batch), workspace,
         WINDOWED=(problem.window_left >= 0, problem.window_right >= 0),
         HAS_ROPE=problem.head_dim == 576, SKIP=problem.skip, SKIP_RELATIVE=call.skip_relative,
         NUM_SPLITS=plan.num_splits, COMBINE_ROWS=plan.combine_rows,
-        SPLIT_BLOCK=plan.split_block, num_warps=4,
+        SPLIT_BLOCK=plan.split_block, GATHER=plan.gather, num_warps=4,
     )  # fmt: skip

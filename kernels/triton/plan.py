@@ -22,7 +22,8 @@ COMBINE_ELEMENTS = 16
 @dataclass(frozen=True)
 class Plan:
     """Tiles and schedule of one launch. A work tile is ``tile_m`` rows; with ``pack_heads`` rows
-    pack query positions and the heads of a group (position-major)."""
+    pack query positions and the heads of a group (position-major). ``gather``: the Hopper MLA
+    kernel fetches single rows, because a page is smaller than its block or pages leave gaps."""
 
     kernel: Literal["prefill", "decode", "hopper_mla_decode"]
     tile_m: int
@@ -33,6 +34,7 @@ class Plan:
     num_splits: int = 1
     combine_rows: int = 1
     split_block: int = 1
+    gather: bool = False
 
     def tiles_m(self, problem: Problem) -> int:
         rows = problem.seqlen_q * (problem.group if self.pack_heads else 1)
@@ -136,7 +138,7 @@ def _auto_splits(problem: Problem, work_tiles: int, tile_n: int, slots: int) -> 
     return choose_splits(work_tiles, tiles_n, slots, 128)
 
 
-def _decode_plan(problem: Problem, target: Target, tma: bool) -> Plan:
+def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bool) -> Plan:
     rows = max(problem.seqlen_q * problem.group, 1)
     wide = max(problem.head_dim, problem.head_dim_v)
     kernel: Literal["decode", "hopper_mla_decode"] = "decode"
@@ -144,14 +146,15 @@ def _decode_plan(problem: Problem, target: Target, tma: bool) -> Plan:
     occupancy = 1
     if target.device_type == "cpu":
         tile_n, warps, stages = 32, 4, 1
-    elif tma and hopper_mla_reason(problem, target) is None:
+    elif aligned and hopper_mla_reason(problem, target) is None:
         kernel, tile_m, tile_n, warps, stages = "hopper_mla_decode", 64, 64, 4, 1
     elif wide > 256:
         tile_m = min(tile_m, 32 if target.arch >= 90 else 64)
         tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
     else:
         tile_n, warps, stages, occupancy = 64, 4, 3 if wide <= 128 else 2, 2
-    plan = Plan(kernel, tile_m, tile_n, True, warps, stages)
+    gather = kernel == "hopper_mla_decode" and not (even_pages and problem.page_size % 64 == 0)
+    plan = Plan(kernel, tile_m, tile_n, True, warps, stages, gather=gather)
     work_tiles = plan.work_tiles(problem)
     splits = problem.num_splits
     if splits == 0:
@@ -170,21 +173,23 @@ def hopper_mla_reason(problem: Problem, target: Target) -> str | None:
     """Why the Hopper MLA kernel cannot run ``problem``; None when it can."""
     if problem.op != "mla_decode" or target.arch != 90:
         return "it is an MLA decode kernel for compute capability 9.0"
-    if problem.page_size % 64:
-        return f"it takes page sizes that are multiples of 64; got {problem.page_size}"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16; got {problem.dtype}"
     return None
 
 
 @functools.lru_cache(maxsize=4096)
-def make_plan(problem: Problem, target: Target, tma: bool = True) -> Plan:
+def make_plan(
+    problem: Problem, target: Target, aligned: bool = True, even_pages: bool = True
+) -> Plan:
     """The launch of ``problem``: decode where packing heads fills a tile better than positions.
 
-    ``tma`` is False where the tensors' strides or alignment rule out TMA descriptors.
+    aligned: every row of q, k and v starts on 16 bytes; the Hopper kernels need that.
+    even_pages: the rows of consecutive pages are evenly spaced, so that one TMA descriptor can
+        address a paged cache as a list of rows.
     """
     few_rows = problem.seqlen_q * problem.group <= 64 or problem.seqlen_q <= 8
     decode = problem.op == "mla_decode" or problem.num_splits > 1
     if decode or (problem.block_mask is None and few_rows):
-        return _decode_plan(problem, target, tma)
+        return _decode_plan(problem, target, aligned, even_pages)
     return _prefill_plan(problem, target)

@@ -1,0 +1,156 @@
+"""How hopper_mla_decode.py gets its result out: the store of O halves and the combine of splits.
+
+Tickets, counters and workspace are those of decode.py, with two arrivals a split (one for each
+half of O). Also the score-space constants and the device versions of tiling.py that it uses.
+"""
+
+import types
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from cute_fmha import tiling
+
+NO_MAX = gl.constexpr(-1.0e30)
+DEAD_MAX = gl.constexpr(1.0e30)
+LOG2_E = gl.constexpr(1.4426950408889634)
+LN_2 = gl.constexpr(0.6931471805599453)
+ROWS = gl.constexpr(64)
+HALF = gl.constexpr(256)
+
+_O_MMA = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+O_LAYOUT = gl.constexpr(_O_MMA)
+O_ROWS = gl.constexpr(gl.SliceLayout(1, _O_MMA))
+O_COLUMNS = gl.constexpr(gl.SliceLayout(0, _O_MMA))
+
+# Triton 3.6 calls it thread_barrier, 3.7 barrier.
+warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+def _device(function):
+    """`gluon.jit` of plain integer arithmetic from a module that knows nothing of Triton."""
+    names = {**function.__globals__, "tl": tl, "gl": gl}
+    return gluon.jit(types.FunctionType(function.__code__, names, function.__name__))
+
+
+kv_tile_ranges = _device(tiling.kv_tile_ranges)
+split_tile_range = _device(tiling.split_tile_range)
+
+
+@gluon.jit
+def skip_threshold(skip_tensor, skip_value, length_k, RELATIVE: gl.constexpr):
+    """log2 λ; −inf where λ is off (as primitives.skip_threshold)."""
+    value = skip_value
+    if skip_tensor is not None:
+        value = gl.load(skip_tensor)
+    if RELATIVE:
+        value = value / gl.maximum(length_k, 1).to(gl.float32)
+    log2_value = gl.log2(gl.minimum(gl.where(value > 0.0, value, 1.0), 1.0))
+    return gl.where(value > 0.0, log2_value, float("-inf"))
+
+
+@gluon.jit
+def store_rows(
+    acc, row_max, row_sum, rows, columns, target, sink, lse, STORE_LSE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Sink, normalise, and store rows (any layout) of the output and their LSE."""
+    batch, live_rows, group, out, out_strides, lse_strides = target
+    live = rows < live_rows
+    position = (rows // group).to(gl.int64)
+    head = rows % group
+    if sink is not None:
+        sink_log2 = gl.load(sink + head) * LOG2_E
+        joint_max = gl.maximum(row_max, sink_log2)
+        alpha = gl.exp2(row_max - joint_max)
+        row_sum = row_sum * alpha + gl.exp2(sink_log2 - joint_max)
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, LAYOUT))[:, None]
+        row_max = joint_max
+    divisor = gl.where(row_sum == 0.0, 1.0, row_sum)
+    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, LAYOUT))[:, None]
+    out_row = out + batch.to(gl.int64) * out_strides[0] + position * out_strides[1]
+    out_row = gl.convert_layout(out_row + head * out_strides[2], gl.SliceLayout(1, LAYOUT))
+    mask = gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None]
+    gl.store(out_row[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    if lse is not None and STORE_LSE:
+        lse_row = lse + batch.to(gl.int64) * lse_strides[0] + head.to(gl.int64) * lse_strides[1]
+        gl.store(lse_row + position, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
+
+
+@gluon.jit
+def store_half(
+    acc, row_max, row_sum, skipped, total, place, target, sink, lse, stats,
+    FIRST_COLUMN: gl.constexpr, NUM_SPLITS: gl.constexpr,
+):  # fmt: skip
+    """One half of O: to the output (one split), or with m and l to the workspace (several)."""
+    row_begin, slot, arrivals, row_stats, partials = place
+    lane = gl.arange(0, ROWS, layout=O_ROWS)
+    columns = FIRST_COLUMN + gl.arange(0, HALF, layout=O_COLUMNS)
+    row_max = gl.convert_layout(row_max, O_ROWS)
+    row_sum = gl.convert_layout(row_sum, O_ROWS)
+    if stats is not None:
+        gl.atomic_add(stats, skipped.to(gl.int64), sem="relaxed")
+        if FIRST_COLUMN == 0:
+            gl.atomic_add(stats + 1, total.to(gl.int64), sem="relaxed")
+    if NUM_SPLITS == 1:
+        store_rows(
+            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, FIRST_COLUMN == 0,
+            O_LAYOUT,
+        )  # fmt: skip
+    else:
+        base = slot.to(gl.int64) * ROWS
+        pointers = (partials + (base + lane) * (2 * HALF))[:, None] + columns[None, :]
+        gl.store(pointers, acc, mask=(row_begin + lane < target[1])[:, None])
+        if FIRST_COLUMN == 0:
+            gl.store(row_stats + 2 * base + lane, row_max)
+            gl.store(row_stats + 2 * base + ROWS + lane, row_sum)
+        # Every thread's partial stores come before the release that announces them.
+        warpgroup_barrier()
+        gl.atomic_add(arrivals, 1, sem="release")
+
+
+@gluon.jit
+def combine(
+    work_tile, first, place, target, sink, lse,
+    NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr, SPLIT_BLOCK: gl.constexpr,
+):  # fmt: skip
+    """Reduce COMBINE_ROWS rows of one work tile, once both halves of every split arrived."""
+    # (row, split, column): a thread owns four columns of everything, so only columns move.
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, 1, 4], [2, 1, 0])
+    stats_layout: gl.constexpr = gl.SliceLayout(2, layout)
+    out_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    row_layout: gl.constexpr = gl.SliceLayout(1, stats_layout)
+    column_layout: gl.constexpr = gl.SliceLayout(0, out_layout)
+    ROW_BLOCK: gl.constexpr = min(COMBINE_ROWS, 16 // SPLIT_BLOCK)
+    row_begin, _slot, arrivals, row_stats, partials = place
+    while gl.atomic_add(arrivals, 0, sem="acquire") < 2 * NUM_SPLITS:
+        pass
+    columns = gl.arange(0, 2 * HALF, layout=column_layout)
+    for offset in range(first, first + COMBINE_ROWS, ROW_BLOCK):
+        lane = offset + gl.arange(0, ROW_BLOCK, layout=row_layout)
+        row_max = gl.full([ROW_BLOCK], NO_MAX, gl.float32, row_layout)
+        row_sum = gl.zeros([ROW_BLOCK], gl.float32, row_layout)
+        acc = gl.zeros([ROW_BLOCK, 2 * HALF], gl.float32, out_layout)
+        for split_begin in range(0, NUM_SPLITS, SPLIT_BLOCK):
+            split = split_begin + gl.arange(0, SPLIT_BLOCK, layout=gl.SliceLayout(0, stats_layout))
+            slots = (work_tile.to(gl.int64) * NUM_SPLITS + split)[None, :] * ROWS
+            present = ((split < NUM_SPLITS)[None, :]) & (row_begin + lane < target[1])[:, None]
+            m_pointers = row_stats + 2 * slots + lane[:, None]
+            m = gl.load(m_pointers, mask=present, other=NO_MAX, cache_modifier=".cg")
+            sums = gl.load(m_pointers + ROWS, mask=present, other=0.0, cache_modifier=".cg")
+            o_pointers = (partials + (slots + lane[:, None]) * (2 * HALF))[:, :, None]
+            o = gl.load(
+                o_pointers + gl.expand_dims(columns[None, :], 1), mask=present[:, :, None],
+                other=0.0, cache_modifier=".cg",
+            )  # fmt: skip
+            new_max = gl.maximum(row_max, gl.max(m, axis=1))
+            weight = gl.exp2(m - new_max[:, None])
+            alpha = gl.exp2(row_max - new_max)
+            row_sum = row_sum * alpha + gl.sum(sums * weight, axis=1)
+            alpha = gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))
+            acc = acc * alpha[:, None] + gl.sum(o * weight[:, :, None], axis=1)
+            row_max = new_max
+        store_rows(
+            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, True, out_layout
+        )

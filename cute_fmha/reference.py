@@ -159,9 +159,9 @@ class _Counts:
 
 
 def _gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torch.Tensor:
-    """A sequence's first ``length`` tokens, ``[length, H, W]``; reads only the pages it owns."""
+    """The pages that hold a sequence's ``length`` tokens, as ``[tokens, H, W]`` with their tail."""
     used = pages[: ceil_div(length, cache.shape[1])].long()
-    return cache[used].flatten(0, 1)[:length]
+    return cache[used].flatten(0, 1)
 
 
 def _sequences(inputs: _Inputs, out: torch.Tensor, lse: torch.Tensor) -> Iterator[_Sequence]:

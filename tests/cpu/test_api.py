@@ -368,7 +368,7 @@ def test_identity_casts(dtype):
 
 def test_causal_overrides_the_right_window():
     case = dense_case(1, 8, 8, Heads(1, 1, 64, 64))
-    arguments = {"q": case.q, "k": case.k, "v": case.v, "backend": "reference"}
+    arguments: dict[str, Any] = {"q": case.q, "k": case.k, "v": case.v, "backend": "reference"}
     plain = cute_fmha.attention(**arguments, causal=True, window=(3, 5))
     assert torch.equal(plain, cute_fmha.attention(**arguments, window=(3, 0)))
     assert not torch.equal(plain, cute_fmha.attention(**arguments, window=(3, 5)))
@@ -386,6 +386,7 @@ PROBLEM = Problem(
     "attention", "dense", False, BF16, BF16, 1, 1, 1, 1, 1, 64, 64, num_splits=77
 )  # fmt: skip
 CPU = target_of(torch.device("cpu"))
+HOPPER = Target("cuda", 90, 132)
 
 
 @pytest.mark.parametrize("backend", ["blackwell", "emulator"])
@@ -413,11 +414,12 @@ class FakeBackend:
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Every backend replaced by a fake: blackwell refuses, the others would run."""
+    """A Hopper, and every backend a fake: blackwell refuses, the others would run."""
     found = {name: FakeBackend(None) for name in dispatch.BACKENDS[1:]}
     found["blackwell"].reason = "needs sm_100"
     monkeypatch.setattr(dispatch, "_module", found.__getitem__)
     monkeypatch.setattr(dispatch, "ModuleType", FakeBackend)
+    monkeypatch.setattr(dispatch, "target_of", lambda device: HOPPER)
     caches = (dispatch.can_implement, dispatch.select, dispatch._log_choice)
     for cache in caches:
         cache.cache_clear()
@@ -451,8 +453,14 @@ def test_auto_never_takes_the_emulator(fakes):
         fakes[name].reason = f"{name} is out"
     expected = "blackwell: needs sm_100; triton: triton is out; reference: reference is out"
     with pytest.raises(NotImplementedError, match=f"no backend can run this attention: {expected}"):
-        dispatch.select(PROBLEM, CPU, "auto")
+        dispatch.select(PROBLEM, HOPPER, "auto")
     assert fakes["emulator"].ran == 0
+
+
+def test_auto_keeps_the_interpreter_out_of_the_way(fakes):
+    """Without a GPU Triton only interprets, for tests that name it."""
+    assert dispatch.select(PROBLEM, CPU, "auto") is fakes["reference"]
+    assert dispatch.select(PROBLEM, CPU, "triton") is fakes["triton"]
 
 
 def test_auto_runs_everywhere():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -72,14 +72,14 @@ def test_schema_declares_every_written_argument(name):
     assert list(schema.returns) == []
 
 
-def compiled(function, backend: str = "aot_eager", **options: Any):
+def compiled(function, backend: Any = "aot_eager", **options: Any):
     torch._dynamo.reset()
     return torch.compile(function, fullgraph=True, backend=backend, **options)
 
 
 def test_op_is_called_with_what_it_declares(monkeypatch):
     for make in CASES.values():
-        op, arguments = recorded_arguments(make(), monkeypatch)
+        op, arguments = recorded_arguments(cast(Any, make()), monkeypatch)
         assert len(arguments) == len(op._schema.arguments)
 
 
@@ -237,6 +237,7 @@ def test_call_carries_the_problem(monkeypatch):
     p = latent.problem
     assert (p.op, p.layout, p.page_size, p.group) == ("mla_decode", "paged", 16, 3)
     assert (p.window_left, p.window_right, p.head_dim, p.head_dim_v) == (9, 0, 576, 512)
+    assert latent.block_table is not None
     assert p.seqlen_k == latent.block_table.shape[1] * 16
     assert latent.v.shape[-1] == 512
     assert latent.v.data_ptr() == latent.k.data_ptr()

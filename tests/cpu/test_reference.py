@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -389,7 +390,7 @@ TILES = [
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_oracle_without_skip_is_the_reference(options, tiles):
     for layout in ("dense, more queries than keys", "packed", "paged, packed queries"):
-        case = LAYOUTS[layout](options)
+        case: Any = LAYOUTS[layout](options)
         result = case.oracle(tiles, None)
         assert_same((result.out, result.lse), case.reference())
         assert result.skipped == 0
@@ -482,6 +483,21 @@ def test_values_of_skipped_tiles_are_not_read():
     assert result.out.isfinite().all()
 
 
+def test_oracle_rounds_p_relative_to_the_running_maximum():
+    case = dense_case(1, 3, 12, Heads(1, 1, 16, 8), Options(), FP64)
+    rounding: dict[str, Any] = {"round_p": torch.bfloat16}
+    whole = case.oracle(Tiles(4, 12, False), **rounding)
+    assert_same((whole.out, whole.lse), case.reference(**rounding))
+    tiled = case.oracle(Tiles(4, 5, False), **rounding)
+    (sequence,) = sequences(case)
+    for i in range(3):
+        s = torch.tensor(list(row_scores(case, sequence, 0, i).values()), dtype=torch.float64)
+        running = torch.stack([s[:5].max(), s[:10].max(), s.max()]).repeat_interleave(5)[:12]
+        p = torch.exp(s - running).bfloat16().double() * torch.exp(running - s.max())
+        expected = p @ sequence.v[:, 0] / torch.exp(s - s.max()).sum()
+        torch.testing.assert_close(tiled.out[0, i, 0], expected)
+
+
 # -- the backend ----------------------------------------------------------------------------------
 
 
@@ -513,9 +529,11 @@ def test_backend_skips_and_counts(layout, num_splits):
     assert expected.margin > 1
     stats = SkipStats("cpu")
     call = {"backend": "reference", "num_splits": num_splits, "stats": stats}
-    check(case, *case.run(skip=skip, **call), tiles, skip)
+    out, lse = case.run(skip=skip, **call)
+    check(case, out, lse, tiles, skip)
     assert stats.read() == (expected.skipped, expected.total)
-    check(case, *case.run(skip=SkipSoftmax(torch.tensor([skip.threshold])), **call), tiles, skip)
+    out, lse = case.run(skip=SkipSoftmax(torch.tensor([skip.threshold])), **call)
+    check(case, out, lse, tiles, skip)
     assert stats.read() == (2 * expected.skipped, 2 * expected.total)
     check(case, *case.run(**call))
     assert stats.read() == (2 * expected.skipped, 3 * expected.total)

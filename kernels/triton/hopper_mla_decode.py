@@ -337,7 +337,6 @@ def _left_partition(
     q_base, q_strides = query
     block_range, bounds, lengths, windows, row_begin, group = work
     lo, hi = block_range
-    pairs = (hi - lo + 1) // 2
     length_q, length_k = lengths
     q_rope = _fetch_queries(
         q, probabilities, q_ready, q_base, q_strides, row_begin, length_q * group, group, 0,
@@ -347,10 +346,9 @@ def _left_partition(
     row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
     acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
     skipped = lo * 0
-    for pair in range(pairs):
-        phase = pair & 1
-        zero = pair >> 30
-        block = lo + 2 * pair
+    for block in range(lo, hi, 2):
+        phase = ((block - lo) >> 1) & 1
+        zero = block >> 30
         odd = block + 1 < hi
         s = _scores(q, q_rope, k, k_rope, full, phase, zero, 0, HAS_ROPE, GATHER)
         if (block + 1) * BLOCK > length_k:
@@ -392,7 +390,7 @@ def _left_partition(
         mbarrier.arrive(empty[2], count=1, pred=odd)
     maxima[0].store(row_sum)
     _signal(announced[0])
-    mbarrier.wait(announced[1], pairs & 1)
+    mbarrier.wait(announced[1], ((hi - lo + 1) >> 1) & 1)
     row_sum += maxima[1].load(S_ROWS)
     store_half(
         acc, row_max, row_sum, skipped, hi - lo, place, target, sink, lse, stats, 0, NUM_SPLITS
@@ -413,7 +411,6 @@ def _right_partition(
     q_base, q_strides = query
     block_range, bounds, lengths, windows, row_begin, group = work
     lo, hi = block_range
-    pairs = (hi - lo + 1) // 2
     length_q, length_k = lengths
     q_rope = _fetch_queries(
         q, probabilities, q_ready, q_base, q_strides, row_begin, length_q * group, group, 1,
@@ -423,10 +420,9 @@ def _right_partition(
     row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
     acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
     skipped = lo * 0
-    for pair in range(pairs):
-        phase = pair & 1
-        zero = pair >> 30
-        block = lo + 2 * pair + 1
+    for block in range(lo + 1, hi + 1, 2):
+        phase = ((block - lo) >> 1) & 1
+        zero = block >> 30
         odd = block < hi
         s = gl.full([ROWS, BLOCK], float("-inf"), gl.float32, S_LAYOUT)
         if odd:
@@ -467,7 +463,7 @@ def _right_partition(
         mbarrier.arrive(empty[3], count=1, pred=odd)
         row_max = max1
     # Left has read the last max1 when it announces its sum.
-    mbarrier.wait(announced[0], pairs & 1)
+    mbarrier.wait(announced[0], ((hi - lo + 1) >> 1) & 1)
     left_sum = maxima[0].load(S_ROWS)
     maxima[1].store(row_sum)
     _signal(announced[1])

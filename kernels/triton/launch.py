@@ -71,11 +71,21 @@ def _row_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
     return 0, tensor.stride(0), tensor.stride(1)
 
 
-def _cache_alignment(call: Call) -> tuple[bool, bool]:
-    """(rows start on 16 bytes, rows of consecutive pages are evenly spaced) of the keys."""
+def _alignment(call: Call) -> tuple[bool, bool]:
+    """(every row that TMA would read starts on 16 bytes, pages of the cache are evenly spaced)."""
     k = call.k
-    aligned = k.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in k.stride()[:-1])
-    return aligned and k.numel() > 0, k.dim() < 4 or k.stride(0) == k.shape[1] * k.stride(1)
+    if call.problem.op == "mla_decode":
+        return _rows_aligned(k) and k.numel() > 0, k.stride(0) == k.shape[1] * k.stride(1)
+    return _rows_aligned(call.q) and _rows_aligned(k) and _rows_aligned(call.v), True
+
+
+def _rows_aligned(tensor: torch.Tensor) -> bool:
+    """Whether every row of a 16-bit tensor starts on 16 bytes."""
+    return tensor.data_ptr() % 16 == 0 and all(
+        stride % 8 == 0
+        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+        if size > 1
+    )
 
 
 def run(call: Call) -> None:
@@ -83,13 +93,19 @@ def run(call: Call) -> None:
     problem = call.problem
     if call.out.numel() == 0:
         return
-    plan = make_plan(problem, target_of(call.q.device), *_cache_alignment(call))
+    plan = make_plan(problem, target_of(call.q.device), *_alignment(call))
+    if plan.kernel == "hopper_prefill":
+        # Gluon is part of Triton but experimental: only a Hopper GPU needs it to import.
+        from cute_fmha.kernels.triton import hopper_prefill
+
+        hopper_prefill.run(call)
+        return
     main, rest = head_dim_parts(problem.head_dim)
-    lse_strides = (0, 0)
+    lse_strides: tuple[int, ...] = (0, 0)
     if call.lse is not None:
         lse_strides = (0, call.lse.stride(0)) if call.lse.dim() == 2 else call.lse.stride()[:2]
     sequences = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
-    paging = (None, 0, 0)
+    paging: tuple[torch.Tensor | None, int, int] = (None, 0, 0)
     if call.block_table is not None:
         paging = (call.block_table, call.block_table.stride(0), problem.page_size)
     softcap = call.softcap if problem.softcap else None
@@ -112,7 +128,8 @@ def run(call: Call) -> None:
         "num_stages": plan.num_stages,
     }  # fmt: skip
     if plan.kernel == "prefill":
-        mask, mask_blocks = None, ((0, 0, 0, 0), 1, 1)
+        mask: torch.Tensor | None = None
+        mask_blocks: tuple[tuple[int, ...], int, int] = ((0, 0, 0, 0), 1, 1)
         if call.block_mask is not None and problem.block_mask is not None:
             expanded = call.block_mask.view(torch.uint8).expand(
                 problem.batch, problem.heads_q, -1, -1

@@ -25,7 +25,7 @@ class Plan:
     pack query positions and the heads of a group (position-major). ``gather``: the Hopper MLA
     kernel fetches single rows, because a page is smaller than its block or pages leave gaps."""
 
-    kernel: Literal["prefill", "decode", "hopper_mla_decode"]
+    kernel: Literal["prefill", "hopper_prefill", "decode", "hopper_mla_decode"]
     tile_m: int
     tile_n: int
     pack_heads: bool
@@ -192,4 +192,13 @@ def make_plan(
     decode = problem.op == "mla_decode" or problem.num_splits > 1
     if decode or (problem.block_mask is None and few_rows):
         return _decode_plan(problem, target, aligned, even_pages)
+    if target.arch == 90 and aligned:
+        # Gluon is part of Triton but experimental: only a Hopper GPU needs it to import.
+        from cute_fmha.kernels.triton import hopper_prefill
+
+        if hopper_prefill.can_implement(problem, target) is None:
+            plan = hopper_prefill.plan(problem, target)
+            return Plan(
+                "hopper_prefill", plan.tile_m, plan.tile_n, False, 4 * plan.consumers, plan.k_stages
+            )
     return _prefill_plan(problem, target)

@@ -119,9 +119,12 @@ def _prefill_plan(problem: Problem, target: Target) -> Plan:
     if target.device_type == "cpu":
         tile_m, tile_n, warps, stages = 32, 32, 4, 1
     elif wide <= 128:
-        tile_m, tile_n, warps, stages = (128, 64, 8, 3) if target.arch >= 90 else (128, 64, 4, 3)
-    elif wide <= 256:
+        # 99 KiB of shared memory is what sm_86, sm_89 and sm_120 have.
+        tile_m, tile_n, warps, stages = 128, 64, 8, 3 if target.arch in (90, 100, 103) else 2
+    elif wide <= 192 or target.arch in (90, 100, 103):
         tile_m, tile_n, warps, stages = 128, 64, 8, 2
+    elif wide <= 256:
+        tile_m, tile_n, warps, stages = 64, 32, 8, 2
     else:
         tile_m, tile_n, warps, stages = 32, 32, 8, 2
     if problem.block_mask is not None:
@@ -149,10 +152,15 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
     elif aligned and hopper_mla_reason(problem, target) is None:
         kernel, tile_m, tile_n, warps, stages = "hopper_mla_decode", 64, 64, 4, 1
     elif wide > 256:
-        tile_m = min(tile_m, 32 if target.arch >= 90 else 64)
+        tile_m = min(tile_m, 32)
         tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
+    elif target.arch in (90, 100, 103):
+        # Three stages of 128 keys fill the shared memory of one SM, and one CTA its bandwidth:
+        # 4.4 TB/s, against 3.9 with two CTAs of 64 keys.
+        tile_n, warps, stages = 128 if wide <= 128 else 64, 8 if tile_m == 64 else 4, 3
     else:
-        tile_n, warps, stages, occupancy = 64, 4, 3 if wide <= 128 else 2, 2
+        tile_n, stages, occupancy = 64 if wide <= 128 else 32, 2, 2
+        warps = 8 if tile_m == 64 else 4
     gather = kernel == "hopper_mla_decode" and not (even_pages and problem.page_size % 64 == 0)
     plan = Plan(kernel, tile_m, tile_n, True, warps, stages, gather=gather)
     work_tiles = plan.work_tiles(problem)
@@ -161,11 +169,14 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
         splits = _auto_splits(problem, work_tiles, tile_n, target.num_sms * occupancy)
     if work_tiles + 2 > COUNTER_BYTES // 4:
         splits = 1
+    if splits == 1:
+        return plan
     # At most one wave of combine programs, each with whole rows of one work tile.
     combine = 1
     while combine < tile_m and work_tiles * (tile_m // combine) > target.num_sms:
         combine *= 2
-    split_block = min(next_power_of_two(splits), max(1, COMBINE_ELEMENTS // combine))
+    # It orders the sum over the splits, so it must not depend on the batch (batch invariance).
+    split_block = min(next_power_of_two(splits), COMBINE_ELEMENTS)
     return replace(plan, num_splits=splits, combine_rows=combine, split_block=split_block)
 
 

@@ -153,9 +153,10 @@ def _combine(
             present = (split < NUM_SPLITS)[None, :] & live[:, None]
             m_pointers = row_stats + 2 * slots + lane[:, None]
             m = tl.load(m_pointers, mask=present, other=NO_MAX, cache_modifier=".cg")
-            # A split that saw no key left its O unwritten: whatever is there must not enter.
-            present = m > NO_MAX
             sums = tl.load(m_pointers + TILE_M, mask=present, other=0.0, cache_modifier=".cg")
+            # A split that saw no key left its O unwritten: whatever is there must not enter. Its
+            # sum tells, for the max of a row of NaN scores has not moved either.
+            present = sums != 0.0
             o_pointers = (partials + (slots + lane[:, None]) * DV)[:, :, None]
             o = tl.load(
                 o_pointers + columns[None, None, :],

@@ -223,8 +223,9 @@ def _token_rows(block, block_end, cache, cache_strides, table, page_size, length
     tokens = block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, COPY_LAYOUT))
     exists = (tokens < length_k) & (block < block_end)
     page = gl.load(table + tokens // page_size, mask=exists, other=0)
-    row = cache + page.to(gl.int64) * cache_strides[0] + (tokens % page_size) * cache_strides[1]
-    return row, exists
+    # Strides come in units of 8 elements: the factor tells the compiler of 16-byte alignment.
+    units = page.to(gl.int64) * cache_strides[0] + (tokens % page_size) * cache_strides[1]
+    return cache + units * 8, exists
 
 
 @gluon.jit

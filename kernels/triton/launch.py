@@ -190,7 +190,8 @@ def _run_hopper_mla_decode(
         workspace = (call.seqused_k,) * 3
     hopper_mla_decode_kernel[(programs,)](
         call.q, call.k, latent, rope, call.out, call.lse, _row_strides(call.q),
-        _row_strides(call.k), _row_strides(call.out), lse_strides, *paging, call.seqused_k,
+        tuple(stride // 8 for stride in _row_strides(call.k)), _row_strides(call.out), lse_strides,
+        *paging, call.seqused_k,
         (problem.window_left, problem.window_right),
         (call.scale, call.softcap if problem.softcap else None, call.sink),
         (call.skip_tensor, call.skip_value), call.stats,

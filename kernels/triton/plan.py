@@ -121,7 +121,7 @@ def _prefill_plan(problem: Problem, target: Target) -> Plan:
     elif wide <= 128:
         # 99 KiB of shared memory is what sm_86, sm_89 and sm_120 have.
         tile_m, tile_n, warps, stages = 128, 64, 8, 3 if target.arch in (90, 100, 103) else 2
-    elif wide <= 192 or target.arch in (90, 100, 103):
+    elif wide <= 192 or (wide <= 256 and target.arch in (90, 100, 103)):
         tile_m, tile_n, warps, stages = 128, 64, 8, 2
     elif wide <= 256:
         tile_m, tile_n, warps, stages = 64, 32, 8, 2

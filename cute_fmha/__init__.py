@@ -5,7 +5,7 @@ Importing this package imports neither CUTLASS nor Triton; a backend is loaded b
 
 from cute_fmha.api import attention, make_workspace, mla_decode, skip_softmax
 from cute_fmha.problem import BlockMask, SkipSoftmax
-from cute_fmha.stats import SkipStats
+from cute_fmha.stats import SkipStats, SkipStatsLogger
 
 __version__ = "0.1.0"
 
@@ -13,6 +13,7 @@ __all__ = [
     "BlockMask",
     "SkipSoftmax",
     "SkipStats",
+    "SkipStatsLogger",
     "attention",
     "make_workspace",
     "mla_decode",

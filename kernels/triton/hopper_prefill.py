@@ -44,8 +44,8 @@ Skip-softmax: the voting unit (`Plan.tile_m`) is one warpgroup's 64 rows. Each w
 soon as the row maxima of S(n) are known, while its PV(n−1) runs: every row's flag to shared memory,
 one barrier, and whoever needs the decision reduces the 64 flags with one load and one redux. V(n)
 is fetched on the first vote to keep, and not at all when every vote is to skip. PV(n) is issued one
-iteration after the vote. With gl.max as the reduction (two more barriers, five shuffles) and some
-spills, this variant measured 14 % below the plain one with nothing skipped (d128).
+iteration after the vote. With nothing skipped this costs 5 to 7 % at d128, where gl.max
+as the reduction (two more barriers, five shuffles) cost 12 %.
 
 Memory past a sequence's end may hold NaN: scores there are masked, V rows are zeroed in shared
 memory (0 · NaN is NaN) in the one tile that can contain them, and output rows are predicated.

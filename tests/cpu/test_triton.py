@@ -291,7 +291,7 @@ def test_threshold_is_in_score_units(shape):
     """Tiles 14 below the maximum are skipped at ln λ = −12 and kept at ln λ = −16."""
     source, _ = skip_friendly(FP16)
     rows = 33 if shape == "prefill" else 2
-    case = dense_case(1, rows, 200, MQA, Options(), replace(source, seed=1))
+    case = dense_case(1, rows, 200, MQA, Options(), replace(source, seed=3))
     assert verify(case, skip=SkipSoftmax(math.exp(-12))).skipped > 0
     assert verify(case, skip=SkipSoftmax(math.exp(-16))).skipped == 0
 
@@ -691,7 +691,7 @@ def test_any_scenario(scenario):
 
 
 @pytest.mark.sweep
-@settings(max_examples=600, derandomize=False, print_blob=True)
+@settings(max_examples=150, derandomize=False, print_blob=True)
 @given(any_scenario())
 def test_sweep_scenarios(scenario):
     scenario.verify()

@@ -41,8 +41,8 @@ def spread_case(case: Case, gap: int = 3) -> Case:
     common = dict(case.common)
     if "block_table" in common:
         common["block_table"] = _slice_of_wider(common["block_table"])
-    tensors = {name: spread(getattr(case, name), gap) for name in ("q", "k", "v")}
-    return replace(case, common=common, **tensors)
+    q, k, v = (spread(tensor, gap) for tensor in (case.q, case.k, case.v))
+    return replace(case, common=common, q=q, k=k, v=v)
 
 
 def _slice_of_wider(table: torch.Tensor) -> torch.Tensor:

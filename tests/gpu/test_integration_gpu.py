@@ -170,7 +170,8 @@ def test_threshold_changes_between_replays(shape):
     """One graph, λ in device memory: each replay takes the decisions of its λ, and counts them."""
     case, num_splits, value = make_skippable(shape)
     factor = torch.zeros(1, device="cuda")
-    stats, out = SkipStats(), []
+    stats = SkipStats()
+    out: list[torch.Tensor] = []
     skip = SkipSoftmax(threshold_scale_factor=factor)
 
     def call() -> None:
@@ -187,7 +188,7 @@ def test_threshold_changes_between_replays(shape):
         policy = SkipSoftmax(threshold_scale_factor=lam)
         oracle = case.oracle(tiles, policy)
         assert stats.read() == (oracle.skipped, oracle.total)
-        check(case, *out, tiles, policy)
+        check(case, out[0], out[1], tiles, policy)
         seen.add(oracle.skipped)
     assert len(seen) == 2
 
@@ -229,14 +230,14 @@ def test_cache_changes_between_replays(kernels, shape):
     else:
         table, lengths = case.common["block_table"], case.common["seqused_k"]
     graph.replay()
-    check(case, *out)
+    check(case, out[0], out[1])
     for shift in (1, 2):
         order = torch.arange(len(lengths), device="cuda").roll(shift)
         table.copy_(table[order])
         lengths.copy_(lengths[order] - (lengths[order] > 600).int())
         case.q.copy_(case.q.flip(0))
         graph.replay()
-        check(case, *out)
+        check(case, out[0], out[1])
     assert not workspace[:COUNTER_BYTES].any()
 
 

@@ -72,7 +72,7 @@ def _kv_loop(
             s = tl.dot(q1, k1.T, s, input_precision="ieee")
         multiplier = scale_log2
         if softcap is not None:
-            s = cap_scores(s * scale, softcap)
+            s = cap_scores(s * scale, softcap, q0.dtype == tl.float32)
             multiplier = 1.0
         if BOUNDARY:
             s = mask_scores(

@@ -81,10 +81,21 @@ def load_rows(
 
 
 @triton.jit
-def cap_scores(s, softcap):
-    """``c · tanh(s / c)`` for natural-unit ``s``, in log2 units."""
+def cap_scores(s, softcap, PRECISE: tl.constexpr):
+    """``c · tanh(s / c)`` for natural-unit ``s``, in log2 units.
+
+    PRECISE: near 0 the exponential form is off by c · 2⁻²⁴, which float32 inputs would show; a
+    series to the 11th power takes its place there.
+    """
     e = tl.exp2(s * (2.0 * LOG2_E / softcap))
-    return (softcap * LOG2_E) * (1.0 - 2.0 / (e + 1.0))
+    tanh = 1.0 - 2.0 / (e + 1.0)
+    if PRECISE:
+        x = s / softcap
+        z = x * x
+        series = 62.0 / 2835.0 + z * (-1382.0 / 155925.0)
+        series = 1.0 + z * (-1.0 / 3.0 + z * (2.0 / 15.0 + z * (-17.0 / 315.0 + z * series)))
+        tanh = tl.where(z < 0.09, x * series, tanh)
+    return (softcap * LOG2_E) * tanh
 
 
 @triton.jit

@@ -69,6 +69,11 @@ from cute_fmha.kernels.triton.hopper_splitkv import (
     warpgroup_barrier,
 )
 
+# Scalars of a work tile in shared memory.
+ROW_BEGIN, GROUP, LENGTH_Q, LENGTH_K, WINDOW_LEFT, WINDOW_RIGHT, BATCH, LO, HI = map(
+    gl.constexpr, range(9)
+)
+FACTS = gl.constexpr(64)
 BLOCK = gl.constexpr(64)
 ROPE = gl.constexpr(64)
 
@@ -78,7 +83,8 @@ S_ROWS = gl.constexpr(gl.SliceLayout(1, _S_MMA))
 S_COLUMNS = gl.constexpr(gl.SliceLayout(0, _S_MMA))
 Q_ROPE_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, _S_MMA, 2))
 COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-ONE_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+FACT_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+VOTES_LAYOUT = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 
 
 @gluon.jit
@@ -115,7 +121,8 @@ def _scores(
     """S = Q Kᵀ of block 0 or 1 of the pair.
 
     zero: 0, but unknown to the compiler, which would otherwise hoist some forty matrix descriptors
-    out of the loop and spill them.
+    out of the loop and spill them. (It is block >> 30, and the block comes from shared memory: of a
+    computed one the compiler may know the range.)
     """
     k_left = k.index(2 * BLOCK_INDEX + zero).permute((1, 0))
     k_right = k.index(2 * BLOCK_INDEX + 1 + zero).permute((1, 0))
@@ -131,27 +138,54 @@ def _scores(
 
 
 @gluon.jit
+def _fact(facts, i: gl.constexpr):
+    """A scalar of the work tile, read where it is used: most are not needed in the steady loop."""
+    return gl.max(facts.slice(i, 1).load(FACT_LAYOUT), axis=0)
+
+
+@gluon.jit
+def _reload(facts, place, target):
+    """``place`` and ``target`` with what shared memory knows: else the addresses of the output are
+    computed before the loop and carried, spilled, through it."""
+    _row_begin, slot, arrivals, row_stats, partials = place
+    _batch, _live_rows, _group, out, out_strides, lse_strides = target
+    group = _fact(facts, GROUP)
+    place = (_fact(facts, ROW_BEGIN), slot, arrivals, row_stats, partials)
+    live_rows = _fact(facts, LENGTH_Q) * group
+    target = (_fact(facts, BATCH), live_rows, group, out, out_strides, lse_strides)
+    return place, target
+
+
+@gluon.jit
 def _log2_scores(
-    s, block, bounds, lengths, windows, row_begin, group, scale, softcap, WINDOWED: gl.constexpr
+    s, block, bounds, left_half, right_half, facts, scale, softcap, WINDOWED: gl.constexpr
 ):
-    """Scale to log2 units, cap, and mask where the block is not wholly visible."""
-    full_begin, full_end = bounds
-    length_q, length_k = lengths
+    """Scale to log2 units, cap, and mask where the block is not wholly visible.
+
+    Rows of the latent past the sequence's end are zeroed there as well.
+    """
     if softcap is not None:
         e = gl.exp2(s * (scale * 2.0 * LOG2_E / softcap))
         s = (softcap * LOG2_E) * (1.0 - 2.0 / (e + 1.0))
     else:
         s = s * (scale * LOG2_E)
-    if (block < full_begin) | (block >= full_end):
-        columns = block * BLOCK + gl.arange(0, BLOCK, layout=S_COLUMNS)
+    if (block < bounds[0]) | (block >= bounds[1]):
+        length_k = _fact(facts, LENGTH_K)
+        if (block + 1) * BLOCK > length_k:
+            _zero_rows(left_half, length_k - block * BLOCK)
+            _zero_rows(right_half, length_k - block * BLOCK)
+        # Of an arange, every thread would keep sixteen induction variables through the loop.
+        columns = block * BLOCK + facts.slice(FACTS, BLOCK).load(S_COLUMNS)
         visible = (columns < length_k)[None, :]
         if WINDOWED[0] or WINDOWED[1]:
-            rows = row_begin + gl.arange(0, ROWS, layout=S_ROWS)
-            diagonal = rows // group + (length_k - length_q)
+            rows = _fact(facts, ROW_BEGIN) + gl.arange(0, ROWS, layout=S_ROWS)
+            diagonal = rows // _fact(facts, GROUP) + (length_k - _fact(facts, LENGTH_Q))
             if WINDOWED[1]:
-                visible = visible & (columns[None, :] <= (diagonal + windows[1])[:, None])
+                limit = diagonal + _fact(facts, WINDOW_RIGHT)
+                visible = visible & (columns[None, :] <= limit[:, None])
             if WINDOWED[0]:
-                visible = visible & (columns[None, :] >= (diagonal - windows[0])[:, None])
+                limit = diagonal - _fact(facts, WINDOW_LEFT)
+                visible = visible & (columns[None, :] >= limit[:, None])
         s = gl.where(visible, s, float("-inf"))
     return s
 
@@ -281,12 +315,12 @@ def _initial_max(row_begin, live_rows):
 
 
 @gluon.jit
-def _decide(kept, tile_max, row_max, log2_threshold):
-    """1 unless every row has tile_max − row_max < log2 λ; also left in ``kept`` for the other."""
-    keep = gl.max((tile_max >= row_max + log2_threshold).to(gl.int32), axis=0)
-    kept.store(gl.full([1], 0, gl.int32, ONE_LAYOUT) + keep)
-    warpgroup_barrier()
-    return keep
+def _read_vote(votes):
+    """1 if any of a block's 64 row flags is set, else 0: a load and one redux in every warp.
+
+    gl.max of the flags where they are made would put two more barriers before P V.
+    """
+    return gl.max(votes.load(VOTES_LAYOUT), axis=0)
 
 
 @gluon.jit
@@ -326,7 +360,7 @@ def _fetch_queries(
 
 @gluon.jit
 def _left_partition(
-    shared, query, work, scale, softcap, log2_threshold, place, target, sink, lse, stats,
+    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, lse, stats,
     HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
     GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -334,16 +368,17 @@ def _left_partition(
 
     Waits: K0 and K1_L `full`, `p1`. Signals: `max0`, `p0`, `empty` of K0_L and K1_L.
     """
-    q, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready = shared
+    q, k, k_rope, probabilities, maxima, votes, full, empty, announced, q_ready, facts = shared
     q_base, q_strides = query
-    block_range, bounds, lengths, windows, row_begin, group = work
-    lo, hi = block_range
-    length_q, length_k = lengths
+    lo = _fact(facts, LO)
+    hi = _fact(facts, HI)
+    row_begin = _fact(facts, ROW_BEGIN)
+    group = _fact(facts, GROUP)
+    live_rows = _fact(facts, LENGTH_Q) * group
     q_rope = _fetch_queries(
-        q, probabilities, q_ready, q_base, q_strides, row_begin, length_q * group, group, 0,
-        HAS_ROPE,
-    )  # fmt: skip
-    row_max = _initial_max(row_begin, length_q * group)
+        q, probabilities, q_ready, q_base, q_strides, row_begin, live_rows, group, 0, HAS_ROPE
+    )
+    row_max = _initial_max(row_begin, live_rows)
     row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
     acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
     skipped = lo * 0
@@ -352,11 +387,8 @@ def _left_partition(
         zero = block >> 30
         odd = block + 1 < hi
         s = _scores(q, q_rope, k, k_rope, full, phase, zero, 0, HAS_ROPE, GATHER)
-        if (block + 1) * BLOCK > length_k:
-            _zero_rows(k.index(zero), length_k - block * BLOCK)
-            _zero_rows(k.index(1 + zero), length_k - block * BLOCK)
         s = _log2_scores(
-            s, block, bounds, lengths, windows, row_begin, group, scale, softcap, WINDOWED
+            s, block, bounds, k.index(zero), k.index(1 + zero), facts, scale, softcap, WINDOWED
         )
         tile_max = gl.max(s, axis=1)
         # A tile that is skipped raises no row's max, so max0 does not wait for the decision.
@@ -364,11 +396,13 @@ def _left_partition(
         p = gl.exp2(s - max0[:, None])
         maxima[0].store(max0)
         probabilities.index(0).store(p.to(probabilities.dtype))
+        votes0 = votes.index(2 * phase)
+        if SKIP:
+            votes0.store((tile_max >= row_max + log2_threshold).to(gl.int32))
         _signal(announced[0])
         keep0 = 1
         if SKIP:
-            keep0 = _decide(kept[0], tile_max, row_max, log2_threshold)
-            mbarrier.arrive(decided[0], count=1)
+            keep0 = _read_vote(votes0)
             skipped += 1 - keep0
         if keep0 != 0:
             alpha = gl.exp2(row_max - max0)
@@ -379,8 +413,7 @@ def _left_partition(
         row_max = maxima[1].load(S_ROWS)
         keep1 = 1
         if SKIP:
-            mbarrier.wait(decided[1], phase)
-            keep1 = gl.max(kept[1].load(ONE_LAYOUT), axis=0)
+            keep1 = _read_vote(votes.index(2 * phase + 1))
         if odd & (keep1 != 0):
             alpha = gl.exp2(max0 - row_max)
             row_sum = row_sum * alpha
@@ -393,6 +426,7 @@ def _left_partition(
     _signal(announced[0])
     mbarrier.wait(announced[1], ((hi - lo + 1) >> 1) & 1)
     row_sum += maxima[1].load(S_ROWS)
+    place, target = _reload(facts, place, target)
     store_half(
         acc, row_max, row_sum, skipped, hi - lo, place, target, sink, lse, stats, 0, NUM_SPLITS
     )
@@ -400,7 +434,7 @@ def _left_partition(
 
 @gluon.jit
 def _right_partition(
-    shared, query, work, scale, softcap, log2_threshold, place, target, sink, lse, stats,
+    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, lse, stats,
     HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
     GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -408,16 +442,17 @@ def _right_partition(
 
     Waits: K1 and K0_R `full`, `max0`, `p0`. Signals: `p1` (with max1), `empty` of K1_R and K0_R.
     """
-    q, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready = shared
+    q, k, k_rope, probabilities, maxima, votes, full, empty, announced, q_ready, facts = shared
     q_base, q_strides = query
-    block_range, bounds, lengths, windows, row_begin, group = work
-    lo, hi = block_range
-    length_q, length_k = lengths
+    lo = _fact(facts, LO)
+    hi = _fact(facts, HI)
+    row_begin = _fact(facts, ROW_BEGIN)
+    group = _fact(facts, GROUP)
+    live_rows = _fact(facts, LENGTH_Q) * group
     q_rope = _fetch_queries(
-        q, probabilities, q_ready, q_base, q_strides, row_begin, length_q * group, group, 1,
-        HAS_ROPE,
-    )  # fmt: skip
-    row_max = _initial_max(row_begin, length_q * group)
+        q, probabilities, q_ready, q_base, q_strides, row_begin, live_rows, group, 1, HAS_ROPE
+    )
+    row_max = _initial_max(row_begin, live_rows)
     row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
     acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
     skipped = lo * 0
@@ -428,12 +463,10 @@ def _right_partition(
         s = gl.full([ROWS, BLOCK], float("-inf"), gl.float32, S_LAYOUT)
         if odd:
             s = _scores(q, q_rope, k, k_rope, full, phase, zero, 1, HAS_ROPE, GATHER)
-            if (block + 1) * BLOCK > length_k:
-                _zero_rows(k.index(2 + zero), length_k - block * BLOCK)
-                _zero_rows(k.index(3 + zero), length_k - block * BLOCK)
             s = _log2_scores(
-                s, block, bounds, lengths, windows, row_begin, group, scale, softcap, WINDOWED
-            )
+                s, block, bounds, k.index(2 + zero), k.index(3 + zero), facts, scale, softcap,
+                WINDOWED,
+            )  # fmt: skip
         tile_max = gl.max(s, axis=1)
         mbarrier.wait(announced[0], phase)
         max0 = maxima[0].load(S_ROWS)
@@ -441,15 +474,16 @@ def _right_partition(
         p = gl.exp2(s - max1[:, None])
         maxima[1].store(max1)
         probabilities.index(1).store(p.to(probabilities.dtype))
+        votes1 = votes.index(2 * phase + 1)
+        if SKIP:
+            votes1.store((tile_max >= max0 + log2_threshold).to(gl.int32))
         _signal(announced[1])
         keep0 = 1
         keep1 = 1
         if SKIP:
-            keep1 = _decide(kept[1], tile_max, max0, log2_threshold)
-            mbarrier.arrive(decided[1], count=1)
+            keep0 = _read_vote(votes.index(2 * phase))
+            keep1 = _read_vote(votes1)
             skipped += gl.where(odd, 1 - keep1, 0)
-            mbarrier.wait(decided[0], phase)
-            keep0 = gl.max(kept[0].load(ONE_LAYOUT), axis=0)
         if keep0 != 0:
             alpha = gl.exp2(row_max - max0)
             row_sum = row_sum * alpha
@@ -469,6 +503,7 @@ def _right_partition(
     maxima[1].store(row_sum)
     _signal(announced[1])
     row_sum += left_sum
+    place, target = _reload(facts, place, target)
     store_half(acc, row_max, row_sum, skipped, 0, place, target, sink, lse, stats, HALF, NUM_SPLITS)
 
 
@@ -560,22 +595,24 @@ def _main(
         gl.allocate_shared_memory(gl.float32, [ROWS], row_vector),
         gl.allocate_shared_memory(gl.float32, [ROWS], row_vector),
     )
-    kept = (
-        gl.allocate_shared_memory(gl.int32, [1], row_vector),
-        gl.allocate_shared_memory(gl.int32, [1], row_vector),
-    )
+    # Row flags of blocks 0 and 1 of a pair, twice: a warp may be a pair ahead of its warpgroup's
+    # slowest, but not two, for every pair has a barrier.
+    votes = gl.allocate_shared_memory(gl.int32, [4, ROWS], row_vector)
+    # Scalars in [0, FACTS), then 0 … 63.
+    facts = gl.allocate_shared_memory(gl.int32, [2 * BLOCK], row_vector)
+    facts.slice(FACTS, BLOCK).store(gl.arange(0, BLOCK, layout=FACT_LAYOUT))
+    values = (row_begin, group, length_q, length_k, window_left, window_right, batch, lo, hi)
+    for i in gl.static_range(9):
+        facts.slice(i, 1).store(gl.full([1], 0, gl.int32, FACT_LAYOUT) + values[i])
     # full and empty of K0 L, K0 R, K1 L, K1 R; P0 with max0, P1 with max1: one arrival
-    # each. Q: one of each consumer. Then the decisions on block 0 and 1.
-    barriers = gl.allocate_shared_memory(gl.int64, [13, 1], mbarrier.MBarrierLayout())
+    # each. Q: one of each consumer.
+    barriers = gl.allocate_shared_memory(gl.int64, [11, 1], mbarrier.MBarrierLayout())
     for index in gl.static_range(4):
         mbarrier.init(barriers.index(index), count=128 if GATHER else 1)
     for index in gl.static_range(4, 10):
         mbarrier.init(barriers.index(index), count=1)
     q_ready = barriers.index(10)
     mbarrier.init(q_ready, count=2)
-    decided = (barriers.index(11), barriers.index(12))
-    mbarrier.init(decided[0], count=1)
-    mbarrier.init(decided[1], count=1)
     full = (barriers.index(0), barriers.index(1), barriers.index(2), barriers.index(3))
     empty = (barriers.index(4), barriers.index(5), barriers.index(6), barriers.index(7))
     announced = (barriers.index(8), barriers.index(9))
@@ -585,21 +622,19 @@ def _main(
     if SKIP:
         log2_threshold = skip_threshold(skip[0], skip[1], length_k, SKIP_RELATIVE)
     block_range = (lo, hi)
-    bounds = (full_begin, full_end)
-    lengths = (length_q, length_k)
-    windows = (window[0], window[1])
     shared = (
-        q_shared, k, k_rope, probabilities, maxima, kept, full, empty, announced, decided, q_ready
+        q_shared, k, k_rope, probabilities, maxima, votes, full, empty, announced, q_ready, facts
     )  # fmt: skip
     query = (q_base, q_strides)
-    work = (block_range, bounds, lengths, windows, row_begin, group)
+    bounds = (full_begin, full_end)
     # Registers of (right, load); left gets the rest of 504.
     if GATHER:
         gl.warp_specialize(
             [
-                (_left_partition, (shared, query, work, scores[0], scores[1], log2_threshold, place,
-                    target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
-                (_right_partition, (shared, query, work, scores[0], scores[1], log2_threshold,
+                (_left_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
+                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    GATHER)),
+                (_right_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
                     place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
                     GATHER)),
                 (_gather_partition, (cache, cache_strides, k, k_rope, full, empty, block_range,
@@ -611,9 +646,10 @@ def _main(
     else:
         gl.warp_specialize(
             [
-                (_left_partition, (shared, query, work, scores[0], scores[1], log2_threshold, place,
-                    target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
-                (_right_partition, (shared, query, work, scores[0], scores[1], log2_threshold,
+                (_left_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
+                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    GATHER)),
+                (_right_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
                     place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
                     GATHER)),
                 (_load_partition, (latent, rope, k, k_rope, full, empty, block_range, table,

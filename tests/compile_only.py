@@ -195,6 +195,8 @@ EVERYTHING: dict[str, Any] = {
 def short_list(arch: int) -> Iterator[Variant]:
     """Every kernel that the architecture has, plain or with everything in it."""
     yield Variant(arch, "prefill", 128, 128, portable=True)
+    yield Variant(arch, "prefill", 128, 128, portable=True, **EVERYTHING)
+    yield Variant(arch, "decode", 128, 128, 128, num_splits=1, **EVERYTHING)
     yield Variant(arch, "decode", 128, 128, num_splits=4, page_size=16)
     yield Variant(arch, "mla", 576, 512, 128, num_splits=4, page_size=64, **EVERYTHING)
     if arch == 90:

@@ -26,99 +26,23 @@ Constraints: any sm_80+ GPU and the interpreter; no block mask (prefill.py takes
 import triton
 import triton.language as tl
 
+from cute_fmha.kernels.triton import plan
 from cute_fmha.kernels.triton.primitives import (
-    DEAD_MAX,
-    LOG2_E,
     NO_MAX,
     add_sink,
-    cap_scores,
+    attend,
     count_tiles,
-    key_rows,
     kv_tile_ranges,
-    load_rows,
-    mask_scores,
+    load_query,
     normalise,
+    query_rows,
+    sequence_base,
     sequence_bounds,
-    skip_threshold,
     split_tile_range,
-    tile_matters,
+    store_rows,
 )
 
-
-@triton.jit
-def _kv_loop(
-    state, q0, q1, positions, tile_begin, tile_end, keys, table, lengths, window_left, window_right,
-    scores, softcap, log2_threshold,
-    TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
-    SKIP: tl.constexpr, BOUNDARY: tl.constexpr,
-):  # fmt: skip
-    """KV tiles [tile_begin, tile_end); state is (acc, row max, row sum, skipped tiles)."""
-    acc, row_max, row_sum, skipped = state
-    k_base, v_base, k_strides, v_strides, page_size = keys
-    length_q, length_k = lengths
-    scale_log2, scale = scores
-    TILE_N: tl.constexpr = TILES[1]
-    D0: tl.constexpr = DIMS[0]
-    D1: tl.constexpr = DIMS[1]
-    D: tl.constexpr = DIMS[2]
-    for tile in tl.range(tile_begin, tile_end):
-        columns = tile * TILE_N + tl.arange(0, TILE_N)
-        valid = columns < length_k
-        k_rows = key_rows(k_base, columns, length_k, k_strides, table, page_size, BOUNDARY)
-        k0 = load_rows(k_rows, valid, 0, D0, D, BOUNDARY)
-        s = tl.dot(q0, k0.T, input_precision="ieee")
-        if D1 > 0:
-            k1 = load_rows(k_rows, valid, D0, D1, D, BOUNDARY)
-            s = tl.dot(q1, k1.T, s, input_precision="ieee")
-        multiplier = scale_log2
-        if softcap is not None:
-            s = cap_scores(s * scale, softcap, q0.dtype == tl.float32)
-            multiplier = 1.0
-        if BOUNDARY:
-            s = mask_scores(
-                s, positions, columns, length_q, length_k, window_left, window_right, WINDOWED
-            )
-        tile_max = tl.max(s, axis=1) * multiplier
-        keep = True
-        if SKIP:
-            keep = tile_matters(tile_max, row_max, log2_threshold)
-        if keep:
-            new_max = tl.maximum(row_max, tile_max)
-            p = tl.exp2(s * multiplier - new_max[:, None])
-            alpha = tl.exp2(row_max - new_max)
-            row_sum = row_sum * alpha + tl.sum(p, axis=1)
-            acc = acc * alpha[:, None]
-            if LATENT:
-                v = k0
-            else:
-                v_rows = key_rows(v_base, columns, length_k, v_strides, table, page_size, BOUNDARY)
-                v = load_rows(v_rows, valid, 0, DIMS[3], DIMS[4], BOUNDARY)
-            acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-            row_max = new_max
-        else:
-            skipped += 1
-    return acc, row_max, row_sum, skipped
-
-
-@triton.jit
-def _store_rows(
-    result, row_lse, rows, live, batch, kv_head, q_start, out, out_strides, lse, lse_strides,
-    group, PACKED: tl.constexpr, DV: tl.constexpr,
-):  # fmt: skip
-    """Packed rows of (batch, kv head) to out and lse."""
-    columns = tl.arange(0, result.shape[1])
-    position = (q_start + rows // group).to(tl.int64)
-    head = kv_head * group + rows % group
-    out_row = out + position * out_strides[1] + head * out_strides[2]
-    if not PACKED:
-        out_row += batch.to(tl.int64) * out_strides[0]
-    mask = live[:, None] & (columns < DV)[None, :]
-    tl.store(out_row[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=mask)
-    if lse is not None:
-        lse_row = lse + head.to(tl.int64) * lse_strides[1] + position
-        if not PACKED:
-            lse_row += batch.to(tl.int64) * lse_strides[0]
-        tl.store(lse_row, row_lse, mask=live)
+COMBINE_ELEMENTS = tl.constexpr(plan.COMBINE_ELEMENTS)
 
 
 @triton.jit
@@ -133,7 +57,9 @@ def _combine(
     DV: tl.constexpr = DIMS[4]
     DV_PAD: tl.constexpr = DIMS[3]
     ROW_BLOCK: tl.constexpr = (
-        COMBINE_ROWS if COMBINE_ROWS * SPLIT_BLOCK <= 16 else 16 // SPLIT_BLOCK
+        COMBINE_ROWS
+        if COMBINE_ROWS * SPLIT_BLOCK <= COMBINE_ELEMENTS
+        else COMBINE_ELEMENTS // SPLIT_BLOCK
     )
     work_tile = program // (TILE_M // COMBINE_ROWS)
     while tl.atomic_add(counters + 2 + work_tile, 0, sem="acquire") < NUM_SPLITS:
@@ -144,6 +70,7 @@ def _combine(
         lane = offset + tl.arange(0, ROW_BLOCK)
         rows = row_begin + lane
         live = rows < length_q * group
+        head = kv_head * group + rows % group
         row_max = tl.full([ROW_BLOCK], NO_MAX, tl.float32)
         row_sum = tl.zeros([ROW_BLOCK], tl.float32)
         acc = tl.zeros([ROW_BLOCK, DV_PAD], tl.float32)
@@ -171,12 +98,11 @@ def _combine(
             acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], axis=1)
             row_max = new_max
         if sink is not None:
-            logit = tl.load(sink + kv_head * group + rows % group)
-            acc, row_max, row_sum = add_sink(acc, row_max, row_sum, logit)
+            acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(sink + head))
         result, row_lse = normalise(acc, row_max, row_sum)
-        _store_rows(
-            result, row_lse, rows, live, batch, kv_head, q_start, out, out_strides, lse,
-            lse_strides, group, PACKED, DV,
+        store_rows(
+            result, row_lse, (q_start + rows // group).to(tl.int64), live, batch, head, out,
+            out_strides, lse, lse_strides, PACKED, DV,
         )  # fmt: skip
 
 
@@ -193,8 +119,8 @@ def decode_kernel(
     stride, page size), window (left, right), scores (scale, softcap, sink), skip (tensor, value),
     sizes (Sq, Sk, kv heads, group, batch), workspace (counters, row stats, partial outputs)."""
     TILE_M: tl.constexpr = TILES[0]
-    DV_PAD: tl.constexpr = DIMS[3]
     PACKED: tl.constexpr = sequences[0] is not None
+    PACKED_KEYS: tl.constexpr = sequences[1] is not None
     length_q, length_k, kv_heads, group, batches = sizes
     counters, row_stats, partials = workspace
     tiles_m = tl.cdiv(length_q * group, TILE_M)
@@ -221,28 +147,17 @@ def decode_kernel(
     k_start, length_k = sequence_bounds(batch, sequences[1], sequences[2], length_k)
     row_begin = tile_m * TILE_M
     if is_main:
-        rows = row_begin + tl.arange(0, TILE_M)
-        live = rows < length_q * group
-        positions = rows // group
-        head = kv_head * group + rows % group
-        q_rows = q + (q_start + positions).to(tl.int64) * q_strides[1] + head * q_strides[2]
-        k_base = k + kv_head.to(tl.int64) * k_strides[2]
-        v_base = v + kv_head.to(tl.int64) * v_strides[2]
-        if not PACKED:
-            q_rows += batch.to(tl.int64) * q_strides[0]
+        packed_rows = row_begin + tl.arange(0, TILE_M)
+        live = packed_rows < length_q * group
+        positions = packed_rows // group
+        head = kv_head * group + packed_rows % group
+        rows = (q_start + positions).to(tl.int64)
+        q0, q1 = load_query(query_rows(q, q_strides, batch, rows, head, PACKED), live, DIMS)
         table = paging[0]
+        k_base = sequence_base(k, k_strides, batch, k_start, kv_head, table, PACKED_KEYS)
+        v_base = sequence_base(v, v_strides, batch, k_start, kv_head, table, PACKED_KEYS)
         if table is not None:
             table += batch.to(tl.int64) * paging[1]
-        elif sequences[1] is None:
-            k_base += batch.to(tl.int64) * k_strides[0]
-            v_base += batch.to(tl.int64) * v_strides[0]
-        else:
-            k_base += k_start.to(tl.int64) * k_strides[1]
-            v_base += k_start.to(tl.int64) * v_strides[1]
-        q0 = load_rows(q_rows, live, 0, DIMS[0], DIMS[2], True)
-        q1 = q0
-        if DIMS[1] > 0:
-            q1 = load_rows(q_rows, live, DIMS[0], DIMS[1], DIMS[2], True)
         window_left = window[0] if WINDOWED[0] else -1
         window_right = window[1] if WINDOWED[1] else -1
         last_position = tl.minimum((row_begin + TILE_M - 1) // group + 1, length_q)
@@ -255,45 +170,20 @@ def decode_kernel(
         lo, hi = split_tile_range(begin, end, split, NUM_SPLITS)
         full_begin = tl.minimum(tl.maximum(full_begin, lo), hi)
         full_end = tl.minimum(tl.maximum(full_end, full_begin), hi)
-        log2_threshold = float("-inf")
-        if SKIP:
-            log2_threshold = skip_threshold(skip[0], skip[1], length_k, SKIP_RELATIVE)
-        state = (
-            tl.zeros([TILE_M, DV_PAD], tl.float32),
-            tl.where(live, NO_MAX, DEAD_MAX),
-            tl.zeros([TILE_M], tl.float32),
-            tl.full((), 0, tl.int32),
-        )
-        keys = (k_base, v_base, k_strides, v_strides, paging[2])
-        lengths = (length_q, length_k)
-        scale = (scores[0] * LOG2_E, scores[0])
-        if WINDOWED[0]:
-            state = _kv_loop(
-                state, q0, q1, positions, lo, full_begin, keys, table, lengths, window_left,
-                window_right, scale, scores[1], log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP,
-                True,
-            )  # fmt: skip
-        state = _kv_loop(
-            state, q0, q1, positions, full_begin, full_end, keys, table, lengths, window_left,
-            window_right, scale, scores[1], log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP,
-                False,
+        acc, row_max, row_sum, skipped, total = attend(
+            q0, q1, positions, live, lo, full_begin, full_end, hi,
+            (k_base, v_base, k_strides, v_strides, paging[2]), table, (length_q, length_k), window,
+            scores, None, 1, skip, TILES, DIMS, WINDOWED, LATENT, SKIP, SKIP_RELATIVE,
         )  # fmt: skip
-        state = _kv_loop(
-            state, q0, q1, positions, full_end, hi, keys, table, lengths, window_left,
-            window_right, scale, scores[1], log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP,
-                True,
-        )  # fmt: skip
-        acc, row_max, row_sum, skipped = state
         if stats is not None:
-            count_tiles(stats, skipped, hi - lo)
+            count_tiles(stats, skipped, total)
         if NUM_SPLITS == 1:
             if scores[2] is not None:
-                logit = tl.load(scores[2] + head)
-                acc, row_max, row_sum = add_sink(acc, row_max, row_sum, logit)
+                acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(scores[2] + head))
             result, row_lse = normalise(acc, row_max, row_sum)
-            _store_rows(
-                result, row_lse, rows, live, batch, kv_head, q_start, out, out_strides, lse,
-                lse_strides, group, PACKED, DIMS[4],
+            store_rows(
+                result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides,
+                PACKED, DIMS[4],
             )  # fmt: skip
         else:
             slot = work_tile.to(tl.int64) * NUM_SPLITS + split

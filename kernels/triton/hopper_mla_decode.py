@@ -641,7 +641,7 @@ def _main(
                     table, page_size, length_k, HAS_ROPE)),
             ],
             [4, 4],
-            [232, 40],
+            [224, 48],
         )  # fmt: skip
     else:
         gl.warp_specialize(

@@ -41,11 +41,15 @@ query tiles first under a causal mask. A static round-robin of such a list reach
 at causal 2 × 16 × 8192 × 128 by section size, the tickets (with smaller changes) 571–620.
 
 Skip-softmax: the voting unit (`Plan.tile_m`) is one warpgroup's 64 rows. Each warpgroup votes as
-soon as the row maxima of S(n) are known, while its PV(n−1) runs: every row's flag to shared memory,
-one barrier, and whoever needs the decision reduces the 64 flags with one load and one redux. V(n)
-is fetched on the first vote to keep, and not at all when every vote is to skip. PV(n) is issued one
-iteration after the vote. With nothing skipped this costs 5 to 7 % at d128, where gl.max
-as the reduction (two more barriers, five shuffles) cost 12 %.
+soon as the maxima of S(n) are known, while its PV(n−1) runs: one redux per warp, its flag to shared
+memory, one barrier, and whoever needs the decision reads the four flags with one load. V(n) is
+fetched on the first vote to keep, and not at all when every vote is to skip. PV(n) is issued one
+iteration after the vote. With Q in shared memory and flags per row this cost 5 to 7 % at d128 with
+nothing skipped; gl.max as the reduction (two more barriers, five shuffles) cost 12 %.
+
+Registers: Triton compiles the partitions as branches of one dispatch loop. What is hoisted out of
+one partition hence occupies registers of all, those of the producer too, and is spilled. That is
+why work-tile messages are read twice and why there are zeros that the compiler cannot know.
 
 Memory past a sequence's end may hold NaN: scores there are masked, V rows are zeroed in shared
 memory (0 · NaN is NaN) in the one tile that can contain them, and output rows are predicated.
@@ -132,7 +136,7 @@ class Barriers(NamedTuple):
 
 
 class Buffers(NamedTuple):
-    """Shared memory: Q per warpgroup, rings of K (two parts of D), V, work tiles, votes by row."""
+    """Shared memory: Q per warpgroup, rings of K (two parts of D), V, work tiles, votes by warp."""
 
     sQ0: Any
     sQ1: Any
@@ -152,7 +156,7 @@ def prefill_kernel(
     """Descriptors stay outside tuples: Triton 3.6 launches no others. Tuples: outputs (out,
     strides, lse, strides), sizes (Sq, Sk, heads q, group, batch · heads, heads per section, work
     tiles per head), sequences (cu_q, cu_k, seqused), window (left, right), scores (scale · log2 e,
-    scale, softcap, sink), skip (tensor, value)."""
+    2 · log2 e · scale / softcap, softcap · log2 e, sink), skip (tensor, value)."""
     CONSUMERS: gl.constexpr = PLAN.consumers
     K_STAGES: gl.constexpr = PLAN.k_stages
     V_STAGES: gl.constexpr = PLAN.v_stages
@@ -171,7 +175,7 @@ def prefill_kernel(
         sK1 = gl.allocate_shared_memory(dtype, [K_STAGES, PLAN.tile_n, PLAN.d1], shared1)
     sV = gl.allocate_shared_memory(dtype, [V_STAGES, PLAN.tile_n, PLAN.dv], shared_v)
     sWork = gl.allocate_shared_memory(gl.int32, [2, 8], plain)
-    sKeep = gl.allocate_shared_memory(gl.int32, [V_STAGES * CONSUMERS, PLAN.tile_m], plain)
+    sKeep = gl.allocate_shared_memory(gl.int32, [V_STAGES * CONSUMERS, 4], plain)
     bar: gl.constexpr = mbarrier.MBarrierLayout()
     q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
     q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], bar)
@@ -264,10 +268,12 @@ def can_implement(problem: Problem, target: Target) -> str | None:
 def plan(problem: Problem, target: Target) -> Plan:
     """The plan of ``problem``; `run` adds what only the tensors tell."""
     d0, d1, dv = _DIMS[problem.head_dim, problem.head_dim_v]
-    # O is small at 64: a third warpgroup fits, but not beside what skipping keeps in registers.
-    three = dv == 64 and not problem.skip
+    # O is small at 64: a third warpgroup fits, but not beside what skipping or softcap need.
+    three = dv == 64 and not (problem.skip or problem.softcap)
     # What compiles without spills: wide heads need it in the consumers, the rest in the producer.
-    wide = problem.head_dim >= 192 or problem.skip
+    wide = problem.head_dim >= 192
+    # With skip-softmax, Q has no room in registers beside what these need.
+    extras = problem.softcap or problem.window_left >= 0
     registers = (160, 32, 128) if three else (240, 24, 168) if wide else (232, 40, 168)
     return Plan(
         tile_m=64,
@@ -280,7 +286,7 @@ def plan(problem: Problem, target: Target) -> Plan:
         d1=d1,
         dv=dv,
         dv_valid=problem.head_dim_v,
-        q_in_registers=problem.head_dim == 128 and not problem.skip,
+        q_in_registers=problem.head_dim == 128 and not (problem.skip and extras),
         overlap_pv=dv == 256,
         window_left=problem.window_left >= 0,
         window_right=problem.window_right >= 0,
@@ -365,6 +371,9 @@ def run(call: Call) -> None:
     section = min(heads, problem.group * max(1, SECTION_BYTES // head_bytes))
     lengths = (problem.seqlen_q, problem.seqlen_k)
     sizes = (*lengths, problem.heads_q, problem.group, heads, section, tiles_m)
+    scale = call.scale * LOG2_E.value
+    inner = 2.0 * scale / call.softcap if config.softcap else 0.0
+    scores = (scale, inner, call.softcap * LOG2_E.value, call.sink)
     lse_strides = (0, 0)
     if lse is not None:
         lse_strides = (0, lse.stride(0)) if packed else (lse.stride(0), lse.stride(1))
@@ -377,7 +386,7 @@ def run(call: Call) -> None:
             problem.window_left if config.window_left else -1,
             problem.window_right if config.window_right else -1,
         ),
-        (call.scale * LOG2_E.value, call.scale, call.softcap, call.sink),
+        scores,
         (call.skip_tensor, call.skip_value),
         call.stats,
         _ticket_counters(call),

@@ -23,41 +23,64 @@ from cute_fmha.kernels.triton.hopper_splitkv import (
 # ------------------------------------------------------------------------------ softmax
 @gluon.jit
 def mask_scores(s, row, column, lengths, window, PLAN: gl.constexpr):
-    """−inf where a key is past the sequence's end or outside the window (see tiling.py)."""
+    """−inf where a key is past the sequence's end or outside the window (see tiling.py).
+
+    Column = 8 · group + 2 · lane + pair: group and pair are constants of a thread's register, lane
+    goes to the row's side, so that a thread compares with constants and keeps no column numbers.
+    column >> 30 is 0, which the compiler does not know: row numbers stay where they are needed.
+    """
     length_q, length_k = lengths
-    columns = column + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    rows = row + gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, s.type.layout))
+    GROUPS: gl.constexpr = s.shape[1] // 8
+    parts = s.reshape([s.shape[0], GROUPS, 4, 2])
+    ROW_LANE: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(3, parts.type.layout))
+    GROUP_PAIR: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, parts.type.layout))
+    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, GROUP_PAIR))
+    pair = gl.arange(0, 2, layout=gl.SliceLayout(0, GROUP_PAIR))
+    columns = (8 * group)[:, None] + pair[None, :]
+    columns = gl.expand_dims(gl.expand_dims(columns, 0), 2)
+    start = column + 2 * gl.arange(0, 4, layout=gl.SliceLayout(0, ROW_LANE))
+    rows = row + (gl.arange(0, s.shape[0], layout=gl.SliceLayout(1, ROW_LANE)) ^ (column >> 30))
     diagonal = rows + (length_k - length_q)
     limit = gl.full_like(rows, 0) + (length_k - 1)
     if PLAN.window_right:
         limit = gl.minimum(limit, diagonal + window[1])
-    visible = columns[None, :] <= limit[:, None]
+    limit = limit[:, None] - start[None, :]
+    visible = columns <= gl.expand_dims(gl.expand_dims(limit, 1), 3)
     if PLAN.window_left:
-        visible = visible & (columns[None, :] >= (diagonal - window[0])[:, None])
-    return gl.where(visible, s, float("-inf"))
+        # At least 0, or the difference could wrap around for a window near 2³¹.
+        left = gl.maximum(diagonal - window[0], 0)[:, None] - start[None, :]
+        visible = visible & (columns >= gl.expand_dims(gl.expand_dims(left, 1), 3))
+    parts = gl.where(visible, parts, float("-inf"))
+    return gl.convert_layout(parts.reshape(s.shape), s.type.layout, assert_trivial=True)
 
 
 @gluon.jit
 def finish_scores(s, scores, row, column, lengths, window, MASK: gl.constexpr, PLAN: gl.constexpr):
-    """(s, multiplier, row maxima): softcap and mask applied; multiplier · s is in log2 units."""
+    """(s, multiplier, lane maxima): softcap and mask applied; multiplier · s is in log2 units, and
+    the maxima are."""
     multiplier = scores[0]
     if PLAN.softcap:
-        e = gl.exp2(s * (2.0 * LOG2_E * scores[1] / scores[2]))
-        s = (scores[2] * LOG2_E) * (1.0 - 2.0 / (e + 1.0))
+        e = gl.exp2(s * scores[1])
+        s = scores[2] * (1.0 - 2.0 / (e + 1.0))
         multiplier = 1.0
     if MASK:
         s = mask_scores(s, row, column, lengths, window, PLAN)
-    return s, multiplier, row_maxima(s) * multiplier
+    return s, multiplier, lane_maxima(s) * multiplier
 
 
 @gluon.jit
-def row_maxima(s):
-    """Row maxima: pairs first (independent instructions), then this thread's, then the quad's."""
+def lane_maxima(s):
+    """[rows, 4]: the maximum of what each thread of a row's quad holds (no shuffle). Pairs first:
+    independent instructions."""
     ROWS: gl.constexpr = s.shape[0]
     COLUMNS: gl.constexpr = s.shape[1]
-    x = gl.max(s.reshape([ROWS, COLUMNS // 8, 4, 2]), axis=3)
-    x = gl.max(gl.max(x, axis=1), axis=1)
-    return gl.convert_layout(x, gl.SliceLayout(1, s.type.layout), assert_trivial=True)
+    return gl.max(gl.max(s.reshape([ROWS, COLUMNS // 8, 4, 2]), axis=3), axis=1)
+
+
+@gluon.jit
+def row_maxima(lane_max, LAYOUT: gl.constexpr):
+    x = gl.max(lane_max, axis=1)
+    return gl.convert_layout(x, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
 
 
 @gluon.jit
@@ -92,18 +115,35 @@ def read_field(mail, i: gl.constexpr):
 
 @gluon.jit
 def receive(work, sWork, barriers):
-    """The next work tile: (batch or −1 for none, head, first row, q start, q and k length)."""
+    """The next work tile: (batch or −1 for none, first row, q and k length, ring position less
+    number of its KV tiles, how many work tiles had a Q before).
+
+    `reread` hands the message back, and until then what only the epilogue needs stays there.
+    """
     slot = work % 2
     mbarrier.wait(barriers.work_full.index(slot), (work // 2) & 1)
+    mail = sWork.index(slot)
+    batch = read_field(mail, 0)
+    first = read_field(mail, 2)
+    length_q = read_field(mail, 4)
+    length_k = read_field(mail, 5)
+    offset = read_field(mail, 6)
+    loaded = read_field(mail, 7)
+    return batch, first, length_q, length_k, offset, loaded
+
+
+@gluon.jit
+def reread(work, sWork, barriers):
+    """The same work tile once more: (batch, head, first row, q start, q length)."""
+    slot = work % 2
     mail = sWork.index(slot)
     batch = read_field(mail, 0)
     head = read_field(mail, 1)
     first = read_field(mail, 2)
     q_start = read_field(mail, 3)
     length_q = read_field(mail, 4)
-    length_k = read_field(mail, 5)
     mbarrier.arrive(barriers.work_empty.index(slot), count=1)
-    return batch, head, first, q_start, length_q, length_k
+    return batch, head, first, q_start, length_q
 
 
 @gluon.jit
@@ -111,7 +151,7 @@ def issue_scores(
     q_tiles, buffers, ring, WHO: gl.constexpr, PLAN: gl.constexpr, LAYOUT: gl.constexpr
 ):
     """Start S = Q Kᵀ. With skip-softmax at 256, the descriptors of Q would be hoisted out of loops
-    and spilled; ring >> 30 is 0, which the compiler does not know. At 128 it adds spills."""
+    and spilled; ring >> 30 is 0, which the compiler does not know."""
     slot = ring % PLAN.k_stages
     if PLAN.skip and PLAN.d0 > 128:
         who = WHO + (ring >> 30)
@@ -131,14 +171,14 @@ def pass_turn(barriers, WHO: gl.constexpr, PLAN: gl.constexpr):
 
 
 @gluon.jit
-def vote(row_votes, ring, buffers, barriers, WHO: gl.constexpr, PLAN: gl.constexpr):
-    """One flag per row, for the producer to reduce: whether the row needs the tile's V.
+def vote(warp_votes, ring, buffers, barriers, WHO: gl.constexpr, PLAN: gl.constexpr):
+    """One flag per warp, for the producer to read: whether a row needs the tile's V.
 
     No deadlock, no lost phase: a warpgroup votes on tile n + v_stages after reading K of n + 2 or
     later, which the producer loads once it has every vote on n and has read the flags.
     """
     slot = (ring % PLAN.v_stages) * PLAN.consumers + WHO
-    buffers.sKeep.index(slot).store(row_votes)
+    buffers.sKeep.index(slot).store(warp_votes)
     # The arrival is one thread's; the flags are everyone's.
     warpgroup_barrier()
     mbarrier.arrive(barriers.voted.index(slot), count=1)
@@ -146,25 +186,28 @@ def vote(row_votes, ring, buffers, barriers, WHO: gl.constexpr, PLAN: gl.constex
 
 @gluon.jit
 def vote_all(keep, ring, buffers, barriers, WHO: gl.constexpr, PLAN: gl.constexpr):
-    """The same vote for every row, where it does not depend on the scores."""
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    row_votes = gl.full([PLAN.tile_m], keep, gl.int32, layout)
-    vote(row_votes, ring, buffers, barriers, WHO, PLAN)
+    """The same vote for every warp, where it does not depend on the scores."""
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
+    vote(gl.full([4], keep, gl.int32, layout), ring, buffers, barriers, WHO, PLAN)
 
 
 @gluon.jit
 def decide(
-    tile_max, row_max, log2_threshold, ring, buffers, barriers, WHO: gl.constexpr,
+    lane_max, row_max, log2_threshold, ring, buffers, barriers, WHO: gl.constexpr,
     PLAN: gl.constexpr,
 ):  # fmt: skip
-    """Vote; returns 0 if no row has tile_max >= row_max + log2 λ, else 1.
+    """Vote; returns 0 if no row has tile max >= row_max + log2 λ, else 1.
 
-    Every warp reduces the 64 flags by itself: a load and one redux behind the vote's barrier.
-    gl.max over the warpgroup takes two more barriers and five shuffles.
+    A row has it if one of its lanes has (the multiplier is positive, so rounding keeps the order):
+    no need for the row's maximum. A warp's 16 rows × 4 lanes are one redux; behind the vote's
+    barrier every thread reads the four flags, from an address that does not depend on the lane.
     """
-    row_votes = (tile_max >= row_max + log2_threshold).to(gl.int32)
-    vote(row_votes, ring, buffers, barriers, WHO, PLAN)
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    bound = gl.convert_layout(
+        row_max + log2_threshold, gl.SliceLayout(1, lane_max.type.layout), assert_trivial=True
+    )
+    votes = (lane_max >= bound[:, None]).to(gl.int32)
+    vote(gl.max(votes.reshape([4, PLAN.tile_m]), axis=1), ring, buffers, barriers, WHO, PLAN)
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [4], [0])
     slot = (ring % PLAN.v_stages) * PLAN.consumers + WHO
     return gl.max(buffers.sKeep.index(slot).load(layout), axis=0)
 
@@ -212,9 +255,10 @@ def kv_loop(
         mbarrier.arrive(barriers.k_empty.index(slot), count=1)
         if not PLAN.q_in_registers:
             mbarrier.arrive(barriers.q_empty.index(WHO), count=1, pred=tile == end - 1)
-        s, multiplier, tile_max = finish_scores(
+        s, multiplier, lane_max = finish_scores(
             s, scores, row, tile * PLAN.tile_n, lengths, window, MASK, PLAN
         )
+        tile_max = row_maxima(lane_max, LAYOUT)
         new_p, alpha, row_max, row_sum = softmax(s, tile_max, multiplier, row_max, row_sum)
         if PLAN.overlap_pv:
             # ptxas hoists the wgmma wait over the softmax unless a branch lies between them; this
@@ -256,26 +300,27 @@ def kv_loop_skip(
             pass_turn(barriers, WHO, PLAN)
             raw = warpgroup_mma_wait(1, deps=(raw,))
             mbarrier.arrive(barriers.k_empty.index(slot), count=1)
-            s, multiplier, tile_max = finish_scores(
+            s, multiplier, lane_max = finish_scores(
                 raw, scores, row, column, lengths, window, MASK, PLAN
             )
-            keep = decide(tile_max, row_max, log2_threshold, ring, buffers, barriers, WHO, PLAN)
+            keep = decide(lane_max, row_max, log2_threshold, ring, buffers, barriers, WHO, PLAN)
             acc, p = warpgroup_mma_wait(0, deps=(acc, p))
         else:
             raw = issue_scores(q_tiles, buffers, ring, WHO, PLAN, LAYOUT)
             pass_turn(barriers, WHO, PLAN)
             raw = warpgroup_mma_wait(0, deps=(raw,))
             mbarrier.arrive(barriers.k_empty.index(slot), count=1)
-            s, multiplier, tile_max = finish_scores(
+            s, multiplier, lane_max = finish_scores(
                 raw, scores, row, column, lengths, window, MASK, PLAN
             )
-            keep = decide(tile_max, row_max, log2_threshold, ring, buffers, barriers, WHO, PLAN)
+            keep = decide(lane_max, row_max, log2_threshold, ring, buffers, barriers, WHO, PLAN)
             mbarrier.wait(barriers.v_full.index(last), phase)
         mbarrier.arrive(barriers.v_empty.index(last), count=1)
         if not PLAN.q_in_registers:
             mbarrier.arrive(barriers.q_empty.index(WHO), count=1, pred=tile == end - 1)
         pending = keep > 0
         if pending:
+            tile_max = row_maxima(lane_max, LAYOUT)
             new_p, alpha, row_max, row_sum = softmax(s, tile_max, multiplier, row_max, row_sum)
             acc = rescale(acc, alpha)
             p = gl.convert_layout(new_p.to(p.dtype), p.type.layout)
@@ -313,7 +358,7 @@ def zero_rows(stage, valid, PLAN: gl.constexpr):
         if valid < (i + 1) * 16:
             part = stage.slice(i * 16, 16)
             value = part.load(layout)
-            keep = (rows + i * 16 < valid)[:, None]
+            keep = (rows < valid - i * 16)[:, None]
             part.store(gl.where(keep, value, gl.zeros_like(value)))
     fence_async_shared()
 
@@ -345,12 +390,11 @@ def first_tile(begin, full, spot, q_tiles, buffers, barriers, values, WHO: gl.co
     row_max = gl.full([PLAN.tile_m], NO_MAX, gl.float32, ROWS)
     if PLAN.skip:
         # Rows past the sequence's end never vote.
-        rows = row + gl.arange(0, PLAN.tile_m, layout=ROWS)
+        rows = row + (gl.arange(0, PLAN.tile_m, layout=ROWS) ^ (begin >> 30))
         row_max = gl.where(rows < lengths[0], NO_MAX, DEAD_MAX)
     row_sum = lane_sums(gl.full([PLAN.tile_m, PLAN.tile_n], 0.0, gl.float32, S_LAYOUT))
-    p, _alpha, row_max, row_sum = softmax(
-        s, row_maxima(s) * multiplier, multiplier, row_max, row_sum
-    )
+    tile_max = row_maxima(lane_maxima(s) * multiplier, S_LAYOUT)
+    p, _alpha, row_max, row_sum = softmax(s, tile_max, multiplier, row_max, row_sum)
     return gl.convert_layout(p.to(buffers.sV.dtype), P_LAYOUT), row_max, row_sum
 
 
@@ -409,32 +453,32 @@ def consume(arguments, WHO: gl.constexpr, PLAN: gl.constexpr):
     outputs, buffers, barriers, packed, window, scores, skip, stats = arguments
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.tile_n, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PLAN.dv, 16])
-    ring = 0
-    loaded = 0
     work = 0
-    batch, head, first, q_start, length_q, length_k = receive(work, buffers.sWork, barriers)
+    batch, first, length_q, length_k, offset, loaded = receive(work, buffers.sWork, barriers)
     while batch >= 0:
-        work += 1
+        # What is computed from kernel parameters alone would be hoisted out of everything, into
+        # the registers of the producer too, and spilled there. The compiler does not know that
+        # this is 0 (but that it is a multiple of 16). Unlike a sum, ^ is not reassociated.
+        zero = (work >> 30) * 16
+        visible = (zero ^ window[0], zero ^ window[1])
         row = first + WHO * PLAN.tile_m
         all_begin, _f0, _f1, all_end = kv_tile_ranges(
             first, gl.minimum(first + PLAN.tile_m * PLAN.consumers, length_q), length_q, length_k,
-            window[0], window[1], PLAN.tile_n,
+            visible[0], visible[1], PLAN.tile_n,
         )  # fmt: skip
         begin, full_begin, full_end, end = kv_tile_ranges(
             row, gl.minimum(row + PLAN.tile_m, length_q), length_q, length_k,
-            window[0], window[1], PLAN.tile_n,
+            visible[0], visible[1], PLAN.tile_n,
         )  # fmt: skip
         if first >= length_q:
             all_end = all_begin
         if (row >= length_q) | (begin >= end):
             begin = all_end
             end = all_end
-        offset = ring - all_begin
         for tile in range(all_begin, begin):
             release(tile + offset, buffers, barriers, WHO, PLAN)
         if all_begin < all_end:
             mbarrier.wait(barriers.q_full.index(WHO), loaded & 1)
-            loaded += 1
         acc = gl.full([PLAN.tile_m, PLAN.dv], 0.0, gl.float32, O_LAYOUT)
         row_max = gl.full([PLAN.tile_m], NO_MAX, gl.float32, gl.SliceLayout(1, S_LAYOUT))
         row_sum = lane_sums(gl.full([PLAN.tile_m, PLAN.tile_n], 0.0, gl.float32, S_LAYOUT))
@@ -442,24 +486,25 @@ def consume(arguments, WHO: gl.constexpr, PLAN: gl.constexpr):
         if begin < end:
             log2_threshold = 0.0
             if PLAN.skip:
-                log2_threshold = skip_threshold(skip[0], skip[1], length_k, PLAN.skip_relative)
+                skip_value = skip[1] + zero.to(gl.float32)
+                log2_threshold = skip_threshold(skip[0], skip_value, length_k, PLAN.skip_relative)
             acc, row_max, row_sum, skipped = attend(
                 begin, (full_begin, full_end), (offset, end, row), buffers, barriers,
-                ((length_q, length_k), window, scores, log2_threshold), WHO, PLAN,
+                ((length_q, length_k), visible, scores, log2_threshold), WHO, PLAN,
                 S_LAYOUT, O_LAYOUT,
             )  # fmt: skip
         elif all_begin < all_end:
             mbarrier.arrive(barriers.q_empty.index(WHO), count=1)
         for tile in range(end, all_end):
             release(tile + offset, buffers, barriers, WHO, PLAN)
-        ring = offset + all_end
-        if row < length_q:
-            place = (batch, head, row, q_start, length_q)
-            store(outputs, acc, row_max, row_sum, place, scores[3], packed, PLAN)
+        place = reread(work, buffers.sWork, barriers)
+        if place[2] + WHO * PLAN.tile_m < place[4]:
+            store(outputs, acc, row_max, row_sum, place, zero, scores[3], packed, WHO, PLAN)
             if stats is not None:
-                gl.atomic_add(stats, skipped.to(gl.int64), sem="relaxed")
-                gl.atomic_add(stats + 1, (end - begin).to(gl.int64), sem="relaxed")
-        batch, head, first, q_start, length_q, length_k = receive(work, buffers.sWork, barriers)
+                gl.atomic_add(stats + zero, skipped.to(gl.int64), sem="relaxed")
+                gl.atomic_add(stats + (zero ^ 1), (end - begin).to(gl.int64), sem="relaxed")
+        work += 1
+        batch, first, length_q, length_k, offset, loaded = receive(work, buffers.sWork, barriers)
 
 
 # ------------------------------------------------------------------------------ epilogue
@@ -474,10 +519,15 @@ def row_layout(columns):
 
 
 @gluon.jit
-def store(outputs, acc, row_max, row_sum, place, sink, packed, PLAN: gl.constexpr):
-    """Normalise, round once, store rows below the sequence's length; LSE in natural units."""
+def store(
+    outputs, acc, row_max, row_sum, place, zero, sink, packed, WHO: gl.constexpr,
+    PLAN: gl.constexpr,
+):  # fmt: skip
+    """Normalise, round once, store rows below the sequence's length; LSE in natural units.
+    ``zero`` keeps strides, extended to 64 bits, from being hoisted (see `consume`)."""
     out, out_strides, lse, lse_strides = outputs
-    batch, head, row, q_start, length_q = place
+    batch, head, first, q_start, length_q = place
+    row = first + WHO * PLAN.tile_m
     row_sum = gl.convert_layout(gl.sum(row_sum, axis=1), row_max.type.layout, assert_trivial=True)
     if sink is not None:
         sink_log2 = gl.load(sink + head) * LOG2_E
@@ -492,17 +542,18 @@ def store(outputs, acc, row_max, row_sum, place, sink, packed, PLAN: gl.constexp
     rows = row + gl.arange(0, PLAN.tile_m, layout=gl.SliceLayout(1, value.type.layout))
     columns = gl.arange(0, PLAN.dv, layout=gl.SliceLayout(0, value.type.layout))
     if packed is None:
-        out += batch.to(gl.int64) * out_strides[0]
-    out += head.to(gl.int64) * out_strides[2]
-    pointers = (out + (q_start + rows).to(gl.int64) * out_strides[1])[:, None] + columns[None, :]
+        out += batch.to(gl.int64) * (out_strides[0] + zero)
+    out += head.to(gl.int64) * (out_strides[2] + zero)
+    out_rows = out + (q_start + rows).to(gl.int64) * (out_strides[1] + zero)
+    pointers = out_rows[:, None] + columns[None, :]
     mask = (rows < length_q)[:, None]
     if PLAN.dv_valid < PLAN.dv:
         mask = mask & (columns < PLAN.dv_valid)[None, :]
     gl.store(pointers, value, mask=mask)
     if lse is not None:
         if packed is None:
-            lse += batch.to(gl.int64) * lse_strides[0]
-        lse += head.to(gl.int64) * lse_strides[1]
+            lse += batch.to(gl.int64) * (lse_strides[0] + zero)
+        lse += head.to(gl.int64) * (lse_strides[1] + zero)
         rows = row + gl.arange(0, PLAN.tile_m, layout=row_max.type.layout)
         row_lse = (row_max + gl.log2(row_sum)) * LN_2
         gl.store(lse + q_start + rows, row_lse, mask=rows < length_q)

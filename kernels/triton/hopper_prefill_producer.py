@@ -41,7 +41,7 @@ def post(work, fields, sWork, barriers):
     mbarrier.wait(barriers.work_empty.index(slot), ((work // 2) & 1) ^ 1)
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     mail = sWork.index(slot)
-    for i in gl.static_range(6):
+    for i in gl.static_range(8):
         mail.slice(i, 1).store(gl.full([1], fields[i], gl.int32, layout))
     mbarrier.arrive(barriers.work_full.index(slot), count=1)
 
@@ -74,7 +74,7 @@ def load_v(desc, buffers, barriers, place, row, ring, PLAN: gl.constexpr):
     phase = (ring // PLAN.v_stages) & 1
     full = barriers.v_full.index(slot)
     wanted = ring < 0
-    layout: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    layout: gl.constexpr = gl.BlockedLayout([4], [32], [1], [0])
     for c in gl.static_range(CONSUMERS if PLAN.skip else 1):
         fetch = not wanted
         if PLAN.skip:
@@ -102,19 +102,21 @@ def load(arguments, PLAN: gl.constexpr):
     loaded = 0
     work = 0
     ticket = gl.program_id(0)
-    while ticket < total:
+    # The grid has no more programs than there are tickets, so the first condition changes nothing;
+    # it tells the compiler that the loop runs, which spares it a register across all partitions.
+    while (work == 0) | (ticket < total):
         batch, head, row, q_start, length_q, k_start, length_k = locate(
             ticket, sizes, sequences, PLAN
         )
-        fields = (batch, head, row, q_start, length_q, length_k)
-        post(work, fields, buffers.sWork, barriers)
-        work += 1
         begin, _f0, _f1, end = kv_tile_ranges(
             row, gl.minimum(row + PLAN.tile_m * CONSUMERS, length_q), length_q, length_k,
             window[0], window[1], PLAN.tile_n,
         )  # fmt: skip
         if row >= length_q:
             end = begin
+        fields = (batch, head, row, q_start, length_q, length_k, ring - begin, loaded)
+        post(work, fields, buffers.sWork, barriers)
+        work += 1
         if sequences[0] is not None:
             batch = 0
         place = (batch, head // sizes[3])
@@ -141,7 +143,7 @@ def load(arguments, PLAN: gl.constexpr):
             load_v(descs[4], buffers, barriers, place, k_row, ring, PLAN)
             ring += 1
         ticket = gl.num_programs(0) + gl.atomic_add(counters, 1, sem="relaxed")
-    post(work, (-1, 0, 0, 0, 0, 0), buffers.sWork, barriers)
+    post(work, (-1, 0, 0, 0, 0, 0, 0, 0), buffers.sWork, barriers)
     # The last CTA to stop leaves both counters at zero for the next launch.
     if gl.atomic_add(counters + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:
         gl.store(counters, 0)

@@ -114,19 +114,29 @@ def choose_splits(work_tiles: int, tiles_n: int, slots: int, limit: int) -> int:
     return next(i + 1 for i, e in enumerate(efficiency) if e >= 0.9 * best)
 
 
+def _crowded(problem: Problem) -> bool:
+    """Whether full-width tiles spill registers: skipping and block masks keep O in registers across
+    a branch, softcap needs temporaries as large as the scores, and two of these are too much."""
+    return problem.skip + (problem.block_mask is not None) + problem.softcap > 1
+
+
 def _prefill_plan(problem: Problem, target: Target) -> Plan:
     wide = max(problem.head_dim, problem.head_dim_v)
+    large = target.arch in (90, 100, 103)
+    branches = problem.skip or problem.block_mask is not None
     if target.device_type == "cpu":
         tile_m, tile_n, warps, stages = 32, 32, 4, 1
     elif wide <= 128:
         # 99 KiB of shared memory is what sm_86, sm_89 and sm_120 have.
-        tile_m, tile_n, warps, stages = 128, 64, 8, 3 if target.arch in (90, 100, 103) else 2
-    elif wide <= 192 or (wide <= 256 and target.arch in (90, 100, 103)):
+        tile_m, tile_n, warps, stages = 128, 64, 8, 3 if large else 2
+    elif wide <= 192 or (wide <= 256 and large and not branches):
         tile_m, tile_n, warps, stages = 128, 64, 8, 2
     elif wide <= 256:
         tile_m, tile_n, warps, stages = 64, 32, 8, 2
     else:
         tile_m, tile_n, warps, stages = 32, 32, 8, 2
+    if _crowded(problem):
+        tile_n = min(tile_n, 32)
     if problem.block_mask is not None:
         tile_m = _largest_divisor(tile_m, problem.block_mask[0])
         tile_n = _largest_divisor(tile_n, problem.block_mask[1])
@@ -145,6 +155,7 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
     rows = max(problem.seqlen_q * problem.group, 1)
     wide = max(problem.head_dim, problem.head_dim_v)
     kernel: Literal["decode", "hopper_mla_decode"] = "decode"
+    large = target.arch in (90, 100, 103)
     tile_m = min(max(next_power_of_two(rows), 16), 64)
     occupancy = 1
     if target.device_type == "cpu":
@@ -154,13 +165,19 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
     elif wide > 256:
         tile_m = min(tile_m, 32)
         tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
-    elif target.arch in (90, 100, 103):
+        if tile_m > 16 and _crowded(problem):
+            tile_n = 16
+    elif large:
         # Three stages of 128 keys fill the shared memory of one SM, and one CTA its bandwidth:
         # 4.4 TB/s, against 3.9 with two CTAs of 64 keys.
         tile_n, warps, stages = 128 if wide <= 128 else 64, 8 if tile_m == 64 else 4, 3
+        if tile_m == 64 and _crowded(problem):
+            tile_n = 64
     else:
         tile_n, stages, occupancy = 64 if wide <= 128 else 32, 2, 2
         warps = 8 if tile_m == 64 else 4
+    if problem.op == "attention" and problem.skip and wide > (64 if large else 128):
+        warps = 8  # O and the scores of a tile are kept across its decision: too much for four
     gather = kernel == "hopper_mla_decode" and not (even_pages and problem.page_size % 64 == 0)
     plan = Plan(kernel, tile_m, tile_n, True, warps, stages, gather=gather)
     work_tiles = plan.work_tiles(problem)

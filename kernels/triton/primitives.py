@@ -46,6 +46,27 @@ def sequence_bounds(index, cu_seqlens, seqused, length):
 
 
 @triton.jit
+def sequence_base(base, strides, batch, start, head, table, PACKED: tl.constexpr):
+    """``base`` moved to one head of one sequence, or of all pages where there is a page table."""
+    base += head.to(tl.int64) * strides[2]
+    if table is None:
+        if PACKED:
+            base += start.to(tl.int64) * strides[1]
+        else:
+            base += batch.to(tl.int64) * strides[0]
+    return base
+
+
+@triton.jit
+def query_rows(base, strides, batch, rows, head, PACKED: tl.constexpr):
+    """Pointers to ``rows`` (int64, within the batch entry or the packed tensor) of q or out."""
+    pointers = base + head.to(tl.int64) * strides[2]
+    if not PACKED:
+        pointers += batch.to(tl.int64) * strides[0]
+    return pointers + rows * strides[1]
+
+
+@triton.jit
 def key_rows(base, columns, length, strides, table, page_size, BOUNDED: tl.constexpr):
     """Pointers to the rows of keys ``columns``: contiguous in a sequence, or through a page table.
 
@@ -81,6 +102,17 @@ def load_rows(
 
 
 @triton.jit
+def load_query(rows, live, DIMS: tl.constexpr):
+    """The query tile as its parts of DIMS[0] and DIMS[1] columns; with no second part, the first
+    stands for it."""
+    q0 = load_rows(rows, live, 0, DIMS[0], DIMS[2], True)
+    q1 = q0
+    if DIMS[1] > 0:
+        q1 = load_rows(rows, live, DIMS[0], DIMS[1], DIMS[2], True)
+    return q0, q1
+
+
+@triton.jit
 def cap_scores(s, softcap, PRECISE: tl.constexpr):
     """``c · tanh(s / c)`` for natural-unit ``s``, in log2 units.
 
@@ -99,17 +131,29 @@ def cap_scores(s, softcap, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def mask_scores(
-    s, positions, columns, length_q, length_k, window_left, window_right, WINDOWED: tl.constexpr
-):
+def mask_scores(s, positions, columns, length_q, length_k, window, WINDOWED: tl.constexpr):
     """−inf where a key is past the sequence's end or outside the window (see tiling.py)."""
     diagonal = positions + (length_k - length_q)
     visible = (columns < length_k)[None, :]
     if WINDOWED[1]:
-        visible = visible & (columns[None, :] <= (diagonal + window_right)[:, None])
+        visible = visible & (columns[None, :] <= (diagonal + window[1])[:, None])
     if WINDOWED[0]:
-        visible = visible & (columns[None, :] >= (diagonal - window_left)[:, None])
+        visible = visible & (columns[None, :] >= (diagonal - window[0])[:, None])
     return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def tile_scores(q0, q1, k_rows, valid, scale, softcap, DIMS: tl.constexpr, BOUNDED: tl.constexpr):
+    """(q Kᵀ of one tile, the K tile's first DIMS[0] columns); capped scores are in log2 units,
+    others still lack the factor scale · log2 e."""
+    k0 = load_rows(k_rows, valid, 0, DIMS[0], DIMS[2], BOUNDED)
+    s = tl.dot(q0, k0.T, input_precision="ieee")
+    if DIMS[1] > 0:
+        k1 = load_rows(k_rows, valid, DIMS[0], DIMS[1], DIMS[2], BOUNDED)
+        s = tl.dot(q1, k1.T, s, input_precision="ieee")
+    if softcap is not None:
+        s = cap_scores(s * scale, softcap, q0.dtype == tl.float32)
+    return s, k0
 
 
 @triton.jit
@@ -127,7 +171,110 @@ def skip_threshold(skip_tensor, skip_value, length_k, RELATIVE: tl.constexpr):
 @triton.jit
 def tile_matters(tile_max, running_max, log2_threshold):
     """True unless for every row ``tile_max − running_max < log2 λ`` (BLASST, arXiv 2512.12087)."""
-    return tl.max((tile_max >= running_max + log2_threshold).to(tl.int32), axis=0) > 0
+    # Reduced from two dimensions: on sm_100, reducing one dimension of anything that follows from a
+    # product asks for a layout that does not exist, and Triton (3.6, 3.7) aborts.
+    votes = (tile_max >= running_max + log2_threshold).to(tl.int32)
+    return tl.max(votes[:, None], axis=0).item() > 0
+
+
+@triton.jit
+def online_softmax(acc, row_max, row_sum, s, multiplier, tile_max):
+    """One tile's weights P, and the running state made ready for it: (P, acc, max, sum), where
+    only P V is not in it yet."""
+    new_max = tl.maximum(row_max, tile_max)
+    p = tl.exp2(s * multiplier - new_max[:, None])
+    alpha = tl.exp2(row_max - new_max)
+    return p, acc * alpha[:, None], new_max, row_sum * alpha + tl.sum(p, axis=1)
+
+
+@triton.jit
+def _kv_loop(
+    state, q0, q1, positions, tile_begin, tile_end, keys, table, lengths, window, scores, mask_row,
+    mask_block_n, log2_threshold,
+    TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
+    SKIP: tl.constexpr, BOUNDARY: tl.constexpr,
+):  # fmt: skip
+    """KV tiles [tile_begin, tile_end); state as `attend` returns it."""
+    acc, row_max, row_sum, skipped, total = state
+    k_base, v_base, k_strides, v_strides, page_size = keys
+    length_q, length_k = lengths
+    TILE_N: tl.constexpr = TILES[1]
+    multiplier = scores[0] * LOG2_E
+    if scores[1] is not None:
+        multiplier = 1.0
+    for tile in tl.range(tile_begin, tile_end):
+        visible = True
+        if mask_row is not None:
+            visible = tl.load(mask_row + (tile * TILE_N) // mask_block_n) != 0
+        if visible:
+            columns = tile * TILE_N + tl.arange(0, TILE_N)
+            valid = columns < length_k
+            k_rows = key_rows(k_base, columns, length_k, k_strides, table, page_size, BOUNDARY)
+            s, k0 = tile_scores(q0, q1, k_rows, valid, scores[0], scores[1], DIMS, BOUNDARY)
+            if BOUNDARY:
+                s = mask_scores(s, positions, columns, length_q, length_k, window, WINDOWED)
+            tile_max = tl.max(s, axis=1) * multiplier
+            total += 1
+            keep = True
+            if SKIP:
+                keep = tile_matters(tile_max, row_max, log2_threshold)
+            if keep:
+                p, acc, row_max, row_sum = online_softmax(
+                    acc, row_max, row_sum, s, multiplier, tile_max
+                )
+                if LATENT:
+                    v = k0
+                else:
+                    v_rows = key_rows(
+                        v_base, columns, length_k, v_strides, table, page_size, BOUNDARY
+                    )
+                    v = load_rows(v_rows, valid, 0, DIMS[3], DIMS[4], BOUNDARY)
+                acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+            else:
+                skipped += 1
+    return acc, row_max, row_sum, skipped, total
+
+
+@triton.jit
+def attend(
+    q0, q1, positions, live, begin, full_begin, full_end, end, keys, table, lengths, window,
+    scores, mask_row, mask_block_n, skip,
+    TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
+    SKIP: tl.constexpr, SKIP_RELATIVE: tl.constexpr,
+):  # fmt: skip
+    """KV tiles [begin, end): masked before full_begin and from full_end on, in between without any
+    mask instruction. Returns (acc, row max, row sum, skipped tiles, total tiles).
+
+    keys: (K base, V base, K strides, V strides, page size) of one sequence and KV head. ``LATENT``:
+    V is the first part of the K tile. The middle loop is branch-free and software pipelined unless
+    tiles can be left out; with skip-softmax the V load and P V sit behind the tile's decision.
+    """
+    TILE_M: tl.constexpr = TILES[0]
+    DV_PAD: tl.constexpr = DIMS[3]
+    log2_threshold = float("-inf")
+    if SKIP:
+        log2_threshold = skip_threshold(skip[0], skip[1], lengths[1], SKIP_RELATIVE)
+    state = (
+        tl.zeros([TILE_M, DV_PAD], tl.float32),
+        tl.where(live, NO_MAX, DEAD_MAX),
+        tl.zeros([TILE_M], tl.float32),
+        tl.full((), 0, tl.int32),
+        tl.full((), 0, tl.int32),
+    )
+    # Without a left window no tile comes before full_begin: that loop is not even compiled.
+    if WINDOWED[0]:
+        state = _kv_loop(
+            state, q0, q1, positions, begin, full_begin, keys, table, lengths, window, scores,
+            mask_row, mask_block_n, log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP, True,
+        )  # fmt: skip
+    state = _kv_loop(
+        state, q0, q1, positions, full_begin, full_end, keys, table, lengths, window, scores,
+        mask_row, mask_block_n, log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP, False,
+    )  # fmt: skip
+    return _kv_loop(
+        state, q0, q1, positions, full_end, end, keys, table, lengths, window, scores,
+        mask_row, mask_block_n, log2_threshold, TILES, DIMS, WINDOWED, LATENT, SKIP, True,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -145,6 +292,23 @@ def normalise(acc, row_max, row_sum):
     """(output, natural LSE); a row without a visible key gives 0 and −inf."""
     lse = (row_max + tl.log2(row_sum)) * LN_2
     return acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None], lse
+
+
+@triton.jit
+def store_rows(
+    result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides,
+    PACKED: tl.constexpr, DV: tl.constexpr,
+):  # fmt: skip
+    """Output and LSE of ``rows`` (as in `query_rows`) where ``live``."""
+    columns = tl.arange(0, result.shape[1])
+    out_rows = query_rows(out, out_strides, batch, rows, head, PACKED)
+    mask = live[:, None] & (columns < DV)[None, :]
+    tl.store(out_rows[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=mask)
+    if lse is not None:
+        lse_rows = lse + head.to(tl.int64) * lse_strides[1]
+        if not PACKED:
+            lse_rows += batch.to(tl.int64) * lse_strides[0]
+        tl.store(lse_rows + rows, row_lse, mask=live)
 
 
 @triton.jit

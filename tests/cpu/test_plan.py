@@ -373,14 +373,9 @@ def spills(variant: dict) -> bool:
     return bool(variant["stack"] or variant["local"] or variant["spills"])
 
 
-def known_to_spill(variant: dict) -> bool:
-    """The open fault of notes/design.md: the Hopper prefill kernel with skip-softmax."""
-    return variant["plan"] == "hopper_prefill" and variant["skip"]
-
-
 def assert_no_spills(variants: list[dict]) -> None:
     assert variants
-    spilling = [v for v in variants if spills(v) and not known_to_spill(v)]
+    spilling = [v for v in variants if spills(v)]
     assert not spilling, "these variants spill registers:\n" + "\n".join(map(json.dumps, spilling))
     limit = {80: 163, 90: 227, 100: 227}
     for variant in variants:
@@ -399,13 +394,7 @@ def test_kernels_do_not_spill():
     assert {(80, "prefill_kernel"), (100, "prefill_kernel")} <= kernels
 
 
-@pytest.mark.xfail(strict=True, reason="some values of the skip variants stay in local memory")
-def test_hopper_prefill_with_skip_does_not_spill():
-    assert not any(map(spills, filter(known_to_spill, compile_only("80", "90", "100"))))
-
-
 @pytest.mark.sweep
-@pytest.mark.xfail(reason="the matrix has not been seen clean yet: its report says what is left")
 @pytest.mark.parametrize("arch", ["90", "80", "100"])
 def test_sweep_kernels_do_not_spill(arch):
     """As many of the matrix as fit, 200 seconds for each architecture."""

@@ -486,8 +486,9 @@ def consume(arguments, WHO: gl.constexpr, PLAN: gl.constexpr):
         if begin < end:
             log2_threshold = 0.0
             if PLAN.skip:
-                skip_value = skip[1] + zero.to(gl.float32)
-                log2_threshold = skip_threshold(skip[0], skip_value, length_k, PLAN.skip_relative)
+                log2_threshold = skip_threshold(
+                    skip[0], skip[1] + zero, length_k, PLAN.skip_relative
+                )
             acc, row_max, row_sum, skipped = attend(
                 begin, (full_begin, full_end), (offset, end, row), buffers, barriers,
                 ((length_q, length_k), visible, scores, log2_threshold), WHO, PLAN,

@@ -158,6 +158,7 @@ def run(call: Call) -> None:
         NUM_SPLITS=plan.num_splits,
         COMBINE_ROWS=plan.combine_rows,
         SPLIT_BLOCK=plan.split_block,
+        maxnreg=plan.max_registers,
         **options,
     )  # fmt: skip
 

@@ -23,7 +23,8 @@ COMBINE_ELEMENTS = 16
 class Plan:
     """Tiles and schedule of one launch. A work tile is ``tile_m`` rows; with ``pack_heads`` rows
     pack query positions and the heads of a group (position-major). ``gather``: the Hopper MLA
-    kernel fetches single rows, because a page is smaller than its block or pages leave gaps."""
+    kernel fetches single rows, because a page is smaller than its block or pages leave gaps.
+    ``max_registers``: of a thread; None leaves the choice to ptxas."""
 
     kernel: Literal["prefill", "hopper_prefill", "decode", "hopper_mla_decode"]
     tile_m: int
@@ -35,6 +36,7 @@ class Plan:
     combine_rows: int = 1
     split_block: int = 1
     gather: bool = False
+    max_registers: int | None = None
 
     def tiles_m(self, problem: Problem) -> int:
         rows = problem.seqlen_q * (problem.group if self.pack_heads else 1)
@@ -130,7 +132,8 @@ def _prefill_plan(problem: Problem, target: Target) -> Plan:
         # 99 KiB of shared memory is what sm_86, sm_89 and sm_120 have.
         tile_m, tile_n, warps, stages = 128, 64, 8, 3 if large else 2
     elif wide <= 192 or (wide <= 256 and large and not branches):
-        tile_m, tile_n, warps, stages = 128, 64, 8, 2
+        # O has 128 registers of a thread at 256: on sm_100, 64 keys beside it spill.
+        tile_m, tile_n, warps, stages = 128, 64 if wide <= 192 or target.arch == 90 else 32, 8, 2
     elif wide <= 256:
         tile_m, tile_n, warps, stages = 64, 32, 8, 2
     else:
@@ -158,6 +161,7 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
     large = target.arch in (90, 100, 103)
     tile_m = min(max(next_power_of_two(rows), 16), 64)
     occupancy = 1
+    max_registers = None
     if target.device_type == "cpu":
         tile_n, warps, stages = 32, 4, 1
     elif aligned and hopper_mla_reason(problem, target) is None:
@@ -176,10 +180,17 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
     else:
         tile_n, stages, occupancy = 64 if wide <= 128 else 32, 2, 2
         warps = 8 if tile_m == 64 else 4
-    if problem.op == "attention" and problem.skip and wide > (64 if large else 128):
-        warps = 8  # O and the scores of a tile are kept across its decision: too much for four
+    if kernel == "decode" and target.device_type == "cuda" and not large:
+        # Without a limit ptxas takes 72 to 128 for the sake of occupancy, and spills a few.
+        max_registers = 255
+    # O and the scores of a tile are kept across its decision; softcap needs temporaries.
+    heavy = (problem.skip and wide > (64 if large else 128)) or (problem.softcap and wide > 256)
+    if problem.op == "attention" and heavy:
+        warps = 8  # too much for four
     gather = kernel == "hopper_mla_decode" and not (even_pages and problem.page_size % 64 == 0)
-    plan = Plan(kernel, tile_m, tile_n, True, warps, stages, gather=gather)
+    plan = Plan(
+        kernel, tile_m, tile_n, True, warps, stages, gather=gather, max_registers=max_registers
+    )
     work_tiles = plan.work_tiles(problem)
     splits = problem.num_splits
     if splits == 0:

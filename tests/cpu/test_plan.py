@@ -397,8 +397,8 @@ def test_kernels_do_not_spill():
 @pytest.mark.sweep
 @pytest.mark.parametrize("arch", ["90", "80", "100"])
 def test_sweep_kernels_do_not_spill(arch):
-    """As many of the matrix as fit, 200 seconds for each architecture."""
-    assert_no_spills(compile_only("--matrix", "--seconds", "200", arch))
+    """The first of the shuffled matrix: which, must not depend on the machine's speed."""
+    assert_no_spills(compile_only("--matrix", "--count", "60", arch))
 
 
 def test_plan_module_states_all_constraints():

@@ -180,7 +180,7 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
     else:
         tile_n, stages, occupancy = 64 if wide <= 128 else 32, 2, 2
         warps = 8 if tile_m == 64 else 4
-    if kernel == "decode" and target.device_type == "cuda" and not large:
+    if kernel == "decode" and target.device_type == "cuda":
         # Without a limit ptxas takes 72 to 128 for the sake of occupancy, and spills a few.
         max_registers = 255
     # O and the scores of a tile are kept across its decision; softcap needs temporaries.

@@ -12,7 +12,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32, Int64
+from cutlass import Boolean, Int32
 from cutlass.cute.nvgpu import tcgen05
 
 from cute_fmha.kernels.blackwell import ptx
@@ -26,10 +26,14 @@ def instruction_descriptor(dtype: Any, m: int, n: int, b_is_mn_major: bool) -> i
 
 @dataclass(frozen=True)
 class Operand:
-    """A ring of tiles in shared memory: descriptor of the first, ``stage`` from one tile to the
-    next and ``steps`` of the K steps inside a tile, in units of 16 bytes."""
+    """A ring of tiles in shared memory: the words of the descriptor of the first, ``stage`` from
+    one tile to the next and ``steps`` of the K steps inside a tile, in units of 16 bytes.
 
-    first: Any
+    Only the low word of a descriptor, which has the address, ever changes.
+    """
+
+    low: Int32
+    high: Int32
     stage: int
     steps: tuple[int, ...]
 
@@ -37,29 +41,31 @@ class Operand:
     def of(fragment: cute.Tensor) -> Operand:
         """From an MMA fragment (MMA, MMA_MN, MMA_K, STAGE)."""
         layout = fragment.layout
+        first = tcgen05.smem_descriptor_to_int(fragment.iterator)
         return Operand(
-            tcgen05.smem_descriptor_to_int(fragment.iterator),
+            Int32(first & 0xFFFFFFFF),
+            Int32(first >> 32),
             cute.crd2idx((0, 0, 0, 1), layout) if cute.size(layout, mode=[3]) > 1 else 0,
             tuple(cute.crd2idx((0, 0, k, 0), layout) for k in range(cute.size(layout, mode=[2]))),
         )
 
-    def tile(self, index: Any) -> Int64:
-        """Descriptor of tile ``index``."""
-        return self.first + Int64(index * self.stage)
+    def tile(self, index: Any) -> Int32:
+        """Low word of the descriptor of tile ``index``."""
+        return self.low + index * self.stage
 
 
 def multiply_shared(
-    accumulator: Int32, a: Operand, a_tile: Int64, b: Operand, b_tile: Int64, descriptor: int
+    accumulator: Int32, a: Operand, a_tile: Int32, b: Operand, b_tile: Int32, descriptor: int
 ) -> None:
     """accumulator = A Bᵀ, both in shared memory."""
     steps = tuple(zip(a.steps, b.steps, strict=True))
-    ptx.tcgen05_mma_shared(accumulator, a_tile, b_tile, descriptor, steps)
+    ptx.tcgen05_mma_shared(accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps)
 
 
 def multiply_tmem(
-    accumulator: Int32, a: Int32, b: Operand, b_tile: Int64, descriptor: int,
+    accumulator: Int32, a: Int32, b: Operand, b_tile: Int32, descriptor: int,
     steps: range, accumulate: Boolean,
 ) -> None:  # fmt: skip
     """accumulator (+)= A B over ``steps``; A is in TMEM, 16 values of a step in 8 columns."""
     pairs = tuple((8 * k, b.steps[k]) for k in steps)
-    ptx.tcgen05_mma_tmem(accumulator, a, b_tile, descriptor, pairs, Int32(accumulate))
+    ptx.tcgen05_mma_tmem(accumulator, a, (b_tile, b.high), descriptor, pairs, Int32(accumulate))

@@ -5,24 +5,25 @@ follows from the roles that signal it and from how they do it.
 
     how          who arrives
     "warp"       one lane of every warp of the role, after the warp has synchronised
+    "leader"     one lane of one warp of the role
     "commit"     the tensor core, when all MMAs issued before have completed
     "bytes"      one lane of the role; the phase also waits for the announced bytes of TMA loads
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Float32, Int32
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.plan import Plan, Role
 
-How = Literal["warp", "commit", "bytes"]
+How = Literal["warp", "leader", "commit", "bytes"]
 
 
 @dataclass(frozen=True)
@@ -54,12 +55,12 @@ class Topology:
             for role, how in barrier.signals:
                 if role not in roles:
                     raise ValueError(f"barrier {barrier.name}: no role {role}")
-                if how != "warp" and len(roles[role].warps) != 1:
+                if how in ("commit", "bytes") and len(roles[role].warps) != 1:
                     raise ValueError(
                         f"barrier {barrier.name}: {role} has {len(roles[role].warps)} warps, "
                         f"{how!r} is for one"
                     )
-                if roles[role].groups not in (1, barrier.count):
+                if barrier.count % roles[role].groups:
                     raise ValueError(
                         f"barrier {barrier.name}: {barrier.count} of them, but {role} has "
                         f"{roles[role].groups} groups"
@@ -102,6 +103,10 @@ def prefill_topology(plan: Plan) -> Topology:
     Each barrier between mma, softmax and correction exists once per Q tile.
     """
     q_tiles = plan.q_tiles
+    decided = []
+    if plan.features.skip:
+        # Two per Q tile: a decision is read by load and mma before the second next one is made.
+        decided = [Barrier("decided", 2 * q_tiles, (("softmax", "leader"),))]
     return Topology(
         plan.roles,
         (
@@ -118,6 +123,7 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("scale_full", q_tiles, (("softmax", "warp"),)),
             Barrier("scale_empty", q_tiles, (("correction", "warp"),)),
             Barrier("o_full", q_tiles, (("mma", "commit"),)),
+            *decided,
             Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),
             Barrier("chunk_empty", plan.o_stages, (("epilogue", "warp"),)),
         ),
@@ -171,6 +177,12 @@ class Barriers:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.at(name, index))
 
+    def arrive_leader(self, name: str, index: Any = 0) -> None:
+        """Arrive for the whole group. One warp calls it."""
+        self._check(name, "leader")
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.at(name, index))
+
     def arrive_tmem(self, name: str, index: Any = 0) -> None:
         """`arrive`, ordered after this warp's completed TMEM loads and stores."""
         ptx.tcgen05_fence_before()
@@ -193,6 +205,23 @@ class Barriers:
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(self.at(name, index), size)
         return self.at(name, index)
+
+
+def _number(value: Any) -> Any:
+    """``value``, possibly a bare IR value, as the CuTe number of its type."""
+    if isinstance(value, Int32 | Float32):
+        return value
+    return Float32(value) if str(value.type) == "f32" else Int32(value)
+
+
+class Carried:
+    """A dataclass of run-time numbers that loops and branches of a kernel carry along."""
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        return [_number(getattr(self, f.name)).ir_value() for f in fields(self)]  # type: ignore
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Any:
+        return type(self)(*map(_number, values))
 
 
 class Cursor:

@@ -45,6 +45,8 @@ class Features:
     window_left: bool = False
     window_right: bool = False
     lse: bool = True
+    skip: bool = False
+    count: bool = False
 
 
 @dataclass(frozen=True)

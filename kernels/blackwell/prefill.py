@@ -1,9 +1,9 @@
-"""Prefill on Blackwell: softmax(scale · Q Kᵀ) V with tcgen05, one persistent kernel.
-"""
+"""Prefill on Blackwell: softmax(scale · Q Kᵀ) V with tcgen05, one persistent kernel."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cutlass
@@ -24,11 +24,14 @@ from cute_fmha.kernels.blackwell.mma import (
     multiply_shared,
     multiply_tmem,
 )
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, prefill_topology
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Cursor, prefill_topology
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.softmax import (
+    ABSENT,
     EMPTY,
     exponentials,
+    keeps_tile,
+    log2_threshold,
     new_maximum,
     packed,
     row_maximum,
@@ -71,6 +74,7 @@ class Global(NamedTuple):
     tma_o: cute.CopyAtom
     mO: cute.Tensor  # (SEQ_Q, DV, HEAD_Q, BATCH)
     mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
+    mStats: cute.Tensor  # (2,): KV tiles skipped, and all
 
 
 class Layouts(NamedTuple):
@@ -88,6 +92,7 @@ class Scalars(NamedTuple):
     scale_log2: Float32
     window_left: Int32
     window_right: Int32
+    skip: Float32  # λ, or the factor that λ is over the KV length
 
 
 class Shared(NamedTuple):
@@ -99,6 +104,41 @@ class Shared(NamedTuple):
     sO: Any  # (ROWS, CHUNK, STAGE)
     sScale: Any  # (ROWS, TILE): fade of a KV tile, at the end the row sum
     sMax: Any  # (ROWS, TILE): at the end the row maximum
+    sKeep: Any  # (2, TILE): whether a KV tile is kept
+
+
+SKIPPED = -1.0
+"""In place of a fade: the KV tile is skipped."""
+
+
+@dataclass(frozen=True)
+class RowState(Carried):
+    """A row's softmax: the maximum that P is relative to, Σ P, and the maximum of the kept tiles,
+    which decides what is skipped."""
+
+    maximum: Float32
+    total: Float32
+    running: Float32
+
+
+@dataclass(frozen=True)
+class SoftmaxPhases(Carried):
+    """Parities of s_full and scale_full, and the number of decisions made."""
+
+    s: Int32
+    scale: Int32
+    decisions: Int32
+
+    def after_scale(self) -> SoftmaxPhases:
+        return replace(self, scale=self.scale ^ 1)
+
+
+@dataclass(frozen=True)
+class Counts(Carried):
+    """KV tiles of this warpgroup so far."""
+
+    skipped: Int32
+    visited: Int32
 
 
 class Prefill:
@@ -121,6 +161,7 @@ class Prefill:
         mV: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
+        mStats: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
     ):
@@ -168,7 +209,7 @@ class Prefill:
         )
         work = cute.ceil_div(mQ.shape[0], plan.work_rows) * mQ.shape[2] * mQ.shape[3]
         self.kernel(
-            mmas, Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE), layouts, scalars
+            mmas, Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mStats), layouts, scalars
         ).launch(
             grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
         )  # fmt: skip
@@ -188,6 +229,7 @@ class Prefill:
             ]
             sScale: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
             sMax: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
+            sKeep: cute.struct.MemRange[Int32, 2 * plan.q_tiles]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
 
@@ -202,6 +244,7 @@ class Prefill:
             sO=storage.sO.get_tensor(layouts.sO.outer, swizzle=layouts.sO.inner),
             sScale=storage.sScale.get_tensor(per_row),
             sMax=storage.sMax.get_tensor(per_row),
+            sKeep=storage.sKeep.get_tensor(cute.make_layout((2, plan.q_tiles))),
         )
         mma_warp, load_warp, epilogue_warp = (
             plan.role(name).warps[0] for name in ("mma", "load", "epilogue")
@@ -292,51 +335,68 @@ class Prefill:
     # ------------------------------------------------------------------ roles
 
     @cute.jit
-    def load(
-        self, mmas: Mmas, mem: Global, shared: Shared, scalars: Scalars, barriers: Barriers
-    ):
+    def load(self, mmas: Mmas, mem: Global, shared: Shared, scalars: Scalars, barriers: Barriers):
         """Reads: Q, K, V in global memory. Writes: sQ, sK, sV by TMA.
         Waits: q_empty, k_empty, v_empty. Signals: q_full, k_full, v_full.
         Registers: 48."""
         plan = self.plan
         element = plan.dtype.itemsize
         qk, pv = mmas.qk.get_slice(0), mmas.pv.get_slice(0)
+        q_bytes = plan.tile_m * plan.head_dim * element
+        k_bytes = plan.tile_n * plan.head_dim * element
+        v_bytes = plan.tile_n * plan.head_dim_v * element
         group = mem.mQ.shape[2] // mem.mK.shape[2]
         q_phase = Int32(0)
+        decisions = [Int32(0) for _ in range(plan.q_tiles)]
         k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
         first_work, works, step = self.works(mem)
         for work in cutlass.range(first_work, works, step, unroll=1):
             block, head, batch = self.coordinates(mem, work)
-            head_kv = head // group
-            # (MMA, MMA_M, MMA_K, ROW_TILE), (MMA, MMA_N, MMA_K, KEY_TILE) twice
-            gQ = cute.local_tile(mem.mQ[None, None, head, batch], (plan.tile_m, plan.head_dim), (None, 0))
-            gK = cute.local_tile(mem.mK[None, None, head_kv, batch], (plan.tile_n, plan.head_dim), (None, 0))
-            gV = cute.local_tile(mem.mV[None, None, head_kv, batch], (plan.head_dim_v, plan.tile_n), (0, None))
+            mQ = mem.mQ[None, None, head, batch]
+            mK = mem.mK[None, None, head // group, batch]
+            mV = mem.mV[None, None, head // group, batch]
+            # (ROW, D, ROW_TILE), (KEY, D, KEY_TILE), (DV, KEY, KEY_TILE)
+            gQ = cute.local_tile(mQ, (plan.tile_m, plan.head_dim), (None, 0))
+            gK = cute.local_tile(mK, (plan.tile_n, plan.head_dim), (None, 0))
+            gV = cute.local_tile(mV, (plan.head_dim_v, plan.tile_n), (0, None))
+            # (TMA, STAGE) and (TMA, TILE) each
             tQsQ, tQgQ = self.partition(mem.tma_q, shared.sQ, qk.partition_A(gQ))
             tKsK, tKgK = self.partition(mem.tma_k, shared.sK, qk.partition_B(gK))
             tVsV, tVgV = self.partition(mem.tma_v, shared.sV, pv.partition_B(gV))
-            _, _, begin, end = self.ranges(mem, scalars, block)
+            begins, ends, begin, end = self.ranges(mem, scalars, block)
             if end > begin:
                 for n in cutlass.range(begin, end + 1, unroll=1):
                     if n < end:
                         barriers.wait("k_empty", k.empty_phase, k.index)
-                        bar = barriers.expect("k_full", plan.tile_n * plan.head_dim * element, k.index)
+                        bar = barriers.expect("k_full", k_bytes, k.index)
                         cute.copy(mem.tma_k, tKgK[None, n], tKsK[None, k.index], tma_bar_ptr=bar)
                         k = k.next()
                     if n == begin:
                         for t in cutlass.range_constexpr(plan.q_tiles):
                             barriers.wait("q_empty", q_phase ^ 1, t)
-                            bar = barriers.expect("q_full", plan.tile_m * plan.head_dim * element, t)
+                            bar = barriers.expect("q_full", q_bytes, t)
                             cute.copy(
-                                mem.tma_q, tQgQ[None, block * plan.q_tiles + t], tQsQ[None, t],
+                                mem.tma_q,
+                                tQgQ[None, block * plan.q_tiles + t],
+                                tQsQ[None, t],
                                 tma_bar_ptr=bar,
                             )
                         q_phase = q_phase ^ 1
                     else:
-                        barriers.wait("v_empty", v.empty_phase, v.index)
-                        bar = barriers.expect("v_full", plan.tile_n * plan.head_dim_v * element, v.index)
-                        cute.copy(mem.tma_v, tVgV[None, n - 1], tVsV[None, v.index], tma_bar_ptr=bar)
-                        v = v.next()
+                        keep = Boolean(True)
+                        if cutlass.const_expr(plan.features.skip):
+                            keep = Boolean(False)
+                            for t in cutlass.range_constexpr(plan.q_tiles):
+                                if begins[t] < n and n <= ends[t]:
+                                    keep = keep | self.decision(shared, barriers, t, decisions[t])
+                                    decisions[t] = decisions[t] + 1
+                        if keep:
+                            barriers.wait("v_empty", v.empty_phase, v.index)
+                            bar = barriers.expect("v_full", v_bytes, v.index)
+                            cute.copy(
+                                mem.tma_v, tVgV[None, n - 1], tVsV[None, v.index], tma_bar_ptr=bar
+                            )
+                            v = v.next()
         # The release of the last V is the last signal of the tensor core: stay until it is in.
         for _stage in cutlass.range_constexpr(plan.v_stages):
             barriers.wait("v_empty", v.empty_phase, v.index)
@@ -345,8 +405,14 @@ class Prefill:
     def partition(self, tma: Any, shared: Any, tile: Any) -> Any:
         """(shared buffers, global tiles) of a TMA load without multicast: (TMA, STAGE | TILE)."""
         return cpasync.tma_partition(
-            tma, 0, cute.make_layout(1), cute.group_modes(shared, 0, 3), cute.group_modes(tile, 0, 3)
-        )
+            tma, 0, cute.make_layout(1), cute.group_modes(shared, 0, 3),
+            cute.group_modes(tile, 0, 3),
+        )  # fmt: skip
+
+    def decision(self, shared: Shared, barriers: Barriers, t: int, count: Int32) -> Boolean:
+        """Wait for decision ``count`` of Q tile ``t``: whether it keeps the KV tile."""
+        barriers.wait_tmem("decided", count >> 1 & 1, 2 * t + (count & 1))
+        return shared.sKeep[count & 1, t] != 0
 
     @cute.jit
     def mma(
@@ -373,6 +439,7 @@ class Prefill:
         split = len(steps) * 3 // 4
         q_phase = Int32(0)
         p_phase = [Int32(0) for _ in range(plan.q_tiles)]
+        decisions = [Int32(0) for _ in range(plan.q_tiles)]
         k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
         first_work, works, step = self.works(mem)
         for work in cutlass.range(first_work, works, step, unroll=1):
@@ -382,25 +449,45 @@ class Prefill:
                 for t in cutlass.range_constexpr(plan.q_tiles):
                     barriers.wait("q_full", q_phase, t)
                 q_phase = q_phase ^ 1
+                fresh = [Boolean(True) for _ in range(plan.q_tiles)]
                 for n in cutlass.range(begin, end + 1, unroll=1):
-                    if n > begin:
-                        barriers.wait("v_full", v.phase, v.index)
+                    v_used = Boolean(False)
                     for t in cutlass.range_constexpr(plan.q_tiles):
                         if begins[t] < n and n <= ends[t]:
-                            barriers.wait_tmem("p_ready", p_phase[t], t)
-                            v_tile = v_tiles.tile(v.index)
-                            multiply_tmem(
-                                tO[t], tP[t], v_tiles, v_tile, pv_kind, steps[:split],
-                                n > begins[t] + 1,
-                            )
-                            barriers.wait_tmem("p_last", p_phase[t], t)
-                            multiply_tmem(
-                                tO[t], tP[t], v_tiles, v_tile, pv_kind, steps[split:], Boolean(True)
-                            )
-                            p_phase[t] = p_phase[t] ^ 1
+                            keep = Boolean(True)
+                            if cutlass.const_expr(plan.features.skip):
+                                keep = self.decision(shared, barriers, t, decisions[t])
+                                decisions[t] = decisions[t] + 1
+                            if keep:
+                                if not v_used:
+                                    barriers.wait("v_full", v.phase, v.index)
+                                v_used = Boolean(True)
+                                barriers.wait_tmem("p_ready", p_phase[t], t)
+                                v_tile = v_tiles.tile(v.index)
+                                multiply_tmem(
+                                    tO[t],
+                                    tP[t],
+                                    v_tiles,
+                                    v_tile,
+                                    pv_kind,
+                                    steps[:split],
+                                    not fresh[t],
+                                )
+                                barriers.wait_tmem("p_last", p_phase[t], t)
+                                multiply_tmem(
+                                    tO[t],
+                                    tP[t],
+                                    v_tiles,
+                                    v_tile,
+                                    pv_kind,
+                                    steps[split:],
+                                    Boolean(True),
+                                )
+                                fresh[t] = Boolean(False)
+                                p_phase[t] = p_phase[t] ^ 1
                             if n == ends[t]:
                                 barriers.commit("o_full", t)
-                        if cutlass.const_expr(t == 0):
+                        if cutlass.const_expr(t == 0):  # noqa: SIM102  (compile and run time)
                             if n < end:
                                 barriers.wait("k_full", k.phase, k.index)
                         if begins[t] <= n and n < ends[t]:
@@ -408,7 +495,7 @@ class Prefill:
                                 tS[t], q, q.tile(t), k_tiles, k_tiles.tile(k.index), qk_kind
                             )
                             barriers.commit("s_full", t)
-                    if n > begin:
+                    if v_used:
                         barriers.commit("v_empty", v.index)
                         v = v.next()
                     if n < end:
@@ -430,50 +517,56 @@ class Prefill:
         plan = self.plan
         tile = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4
         thread = cute.arch.thread_idx()[0] % 128
-        s_phase, scale_phase = Int32(0), Int32(0)
+        phases = SoftmaxPhases(Int32(0), Int32(0), Int32(0))
+        counts = Counts(Int32(0), Int32(0))
+        if cutlass.const_expr(plan.features.skip):
+            scalars = scalars._replace(skip=log2_threshold(scalars.skip))
+        group = (mmas, mem, shared, scalars, tmem, barriers, tile, thread)
         first_work, works, step = self.works(mem)
         for work in cutlass.range(first_work, works, step, unroll=1):
             block, _, _ = self.coordinates(mem, work)
             first_row = block * plan.work_rows + tile * plan.tile_m
             begin, full_begin, full_end, end = self.tiles(mem, scalars, first_row)
             row = first_row + thread
-            row_max, total = Float32(EMPTY), Float32(0.0)
+            running = cutlass.select_(row < mem.mQ.shape[0], Float32(EMPTY), Float32(ABSENT))
+            state = RowState(Float32(EMPTY), Float32(0.0), running)
             if cutlass.const_expr(plan.features.window_left):
                 for n in cutlass.range(begin, full_begin, unroll=1):
-                    row_max, total, s_phase, scale_phase = self.softmax_step(
-                        mmas, mem, shared, scalars, tmem, barriers, tile, thread, row, n, begin,
-                        row_max, total, s_phase, scale_phase, True,
+                    state, phases, counts = self.softmax_step(
+                        group, row, n, begin, state, phases, counts, True
                     )
             for n in cutlass.range(full_begin, full_end, unroll=1):
-                row_max, total, s_phase, scale_phase = self.softmax_step(
-                    mmas, mem, shared, scalars, tmem, barriers, tile, thread, row, n, begin,
-                    row_max, total, s_phase, scale_phase, False,
+                state, phases, counts = self.softmax_step(
+                    group, row, n, begin, state, phases, counts, False
                 )
             for n in cutlass.range(full_end, end, unroll=1):
-                row_max, total, s_phase, scale_phase = self.softmax_step(
-                    mmas, mem, shared, scalars, tmem, barriers, tile, thread, row, n, begin,
-                    row_max, total, s_phase, scale_phase, True,
+                state, phases, counts = self.softmax_step(
+                    group, row, n, begin, state, phases, counts, True
                 )
             if end > begin:
-                barriers.wait("scale_empty", scale_phase ^ 1, tile)
-                scale_phase = scale_phase ^ 1
-                shared.sScale[thread, tile] = total
-                shared.sMax[thread, tile] = row_max
+                barriers.wait("scale_empty", phases.scale ^ 1, tile)
+                phases = phases.after_scale()
+                shared.sScale[thread, tile] = state.total
+                shared.sMax[thread, tile] = state.maximum
                 barriers.arrive("scale_full", tile)
+        if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
+            if thread == 0:
+                cute.arch.atomic_add(mem.mStats.iterator, Int64(counts.skipped))
+                cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(counts.visited))
 
     @cute.jit
     def softmax_step(
-        self, mmas, mem, shared, scalars, tmem, barriers, tile, thread, row, n, begin, row_max,
-        total, s_phase, scale_phase, masked: cutlass.Constexpr,
+        self, group, row: Int32, n: Int32, begin: Int32, state, phases, counts,
+        masked: cutlass.Constexpr,
     ):  # fmt: skip
-        """One KV tile of one row: returns the maximum, the sum and the phases."""
+        """One KV tile of one row: the row's next state, the phases and the counts."""
         plan = self.plan
+        _, mem, shared, scalars, tmem, barriers, tile, thread = group
         s0 = plan.tmem["S0"].start
         tS = tmem_row(tmem, thread) + s0 + tile * plan.tile_n
         tP = tS + (plan.tmem["P0"].start - s0)
         width = 32
-        barriers.wait_tmem("s_full", s_phase, tile)
-        s_phase = s_phase ^ 1
+        barriers.wait_tmem("s_full", phases.s, tile)
         scores = []
         for c in cutlass.range_constexpr(0, plan.tile_n, width):
             scores += ptx.tcgen05_load(tS + c, width)
@@ -481,15 +574,53 @@ class Prefill:
         if cutlass.const_expr(masked):
             lengths = mem.mQ.shape[0], mem.mK.shape[0]
             scores = mask_row(scores, row, n * plan.tile_n, lengths, self.window(scalars))
-        tile_max = row_maximum(scores, row_max)
-        row_max, fade = new_maximum(row_max, tile_max, scalars.scale_log2, plan.rescale_threshold)
-        if n > begin:
-            # O exists already: tell the correction how much of it is left.
-            barriers.wait("scale_empty", scale_phase ^ 1, tile)
+        if cutlass.const_expr(plan.features.skip):
+            tile_max = row_maximum(scores, Float32(-Float32.inf))
+            vote = keeps_tile(tile_max, state.running, scalars.scale_log2, scalars.skip)
+            keep = ptx.barrier_any(tile + 1, plan.tile_m, vote)
+            slot = phases.decisions & 1
+            if thread < 32:
+                with cute.arch.elect_one():
+                    shared.sKeep[slot, tile] = Int32(keep)
+                ptx.tcgen05_fence_before()
+                cute.arch.sync_warp()
+                barriers.arrive_leader("decided", 2 * tile + slot)
+            counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
+            if keep:
+                state = self.probabilities(
+                    group, scores, tP, tile_max, state, phases, Boolean(True)
+                )
+            else:
+                barriers.wait("scale_empty", phases.scale ^ 1, tile)
+                shared.sScale[thread, tile] = Float32(SKIPPED)
+                barriers.arrive("scale_full", tile)
+            phases = SoftmaxPhases(phases.s ^ 1, phases.scale ^ 1, phases.decisions + 1)
+        else:
+            tile_max = row_maximum(scores, state.maximum)
+            state = self.probabilities(group, scores, tP, tile_max, state, phases, n > begin)
+            scale_phase = phases.scale ^ Int32(n > begin)
+            phases = SoftmaxPhases(phases.s ^ 1, scale_phase, phases.decisions)
+            counts = Counts(counts.skipped, counts.visited + 1)
+        return state, phases, counts
+
+    @cute.jit
+    def probabilities(
+        self, group, scores, tP: Int32, tile_max: Float32, state, phases, tell: Boolean
+    ):
+        """P of a kept tile, handed to the MMA; with ``tell`` the correction learns what is left
+        of O."""
+        plan = self.plan
+        _, _, shared, scalars, _, barriers, tile, thread = group
+        running = cute.arch.fmax(state.running, tile_max)
+        tile_max = cute.arch.fmax(state.maximum, tile_max)
+        maximum, fade = new_maximum(
+            state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold
+        )
+        if tell:
+            barriers.wait("scale_empty", phases.scale ^ 1, tile)
             shared.sScale[thread, tile] = fade
             barriers.arrive("scale_full", tile)
-            scale_phase = scale_phase ^ 1
-        minus_max = -row_max * scalars.scale_log2
+        minus_max = -maximum * scalars.scale_log2
         quarter = plan.tile_n // 4
         p = []
         for q in cutlass.range_constexpr(4):
@@ -503,8 +634,7 @@ class Prefill:
                 barriers.arrive_tmem("p_ready", tile)
         ptx.tcgen05_wait_store()
         barriers.arrive_tmem("p_last", tile)
-        total = row_sum(p, total * fade)
-        return row_max, total, s_phase, scale_phase
+        return RowState(maximum, row_sum(p, state.total * fade), running)
 
     @cute.jit
     def correction(
@@ -526,26 +656,37 @@ class Prefill:
         for work in cutlass.range(first_work, works, step, unroll=1):
             block, head, batch = self.coordinates(mem, work)
             begins, ends, begin, end = self.ranges(mem, scalars, block)
+            fresh = [Boolean(True) for _ in range(plan.q_tiles)]
             for t in cutlass.range_constexpr(plan.q_tiles):
-                if ends[t] > begins[t]:
-                    barriers.arrive_tmem("p_ready", t)  # O is free: the first P V overwrites it
-            for n in cutlass.range(begin, end, unroll=1):
+                # O is free: the first P V overwrites it. Which tile that is, a skip decides.
+                if cutlass.const_expr(not plan.features.skip):  # noqa: SIM102
+                    if ends[t] > begins[t]:
+                        barriers.arrive_tmem("p_ready", t)
+                        fresh[t] = Boolean(False)
+            first_told = begin if cutlass.const_expr(plan.features.skip) else begin + 1
+            for n in cutlass.range(first_told, end, unroll=1):
                 for t in cutlass.range_constexpr(plan.q_tiles):
-                    if begins[t] < n and n < ends[t]:
+                    told = begins[t] < n
+                    if cutlass.const_expr(plan.features.skip):
+                        told = begins[t] <= n
+                    if told and n < ends[t]:
                         barriers.wait_tmem("scale_full", scale_phase[t], t)
                         scale_phase[t] = scale_phase[t] ^ 1
                         fade = shared.sScale[thread, t]
                         barriers.arrive("scale_empty", t)
-                        # S(n) was complete when its fade was written, hence P V (n − 1) before it.
-                        if cute.arch.vote_any_sync(fade < 1.0):
-                            self.rescale(tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start, fade)
-                        barriers.arrive_tmem("p_ready", t)
+                        if cute.arch.vote_any_sync(fade != SKIPPED):
+                            # S(n) was complete when its fade was written, and P V (n − 1) before.
+                            if not fresh[t] and cute.arch.vote_any_sync(fade < 1.0):
+                                tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
+                                self.rescale(tO, fade)
+                            fresh[t] = Boolean(False)
+                            barriers.arrive_tmem("p_ready", t)
             for t in cutlass.range_constexpr(plan.q_tiles):
                 first_row = block * plan.work_rows + t * plan.tile_m
                 if first_row < seqlen_q:
-                    empty = ends[t] == begins[t]
+                    empty = fresh[t]
                     total, row_max = Float32(0.0), Float32(0.0)
-                    if not empty:
+                    if ends[t] > begins[t]:
                         barriers.wait("scale_full", scale_phase[t], t)
                         scale_phase[t] = scale_phase[t] ^ 1
                         total = shared.sScale[thread, t]
@@ -556,9 +697,7 @@ class Prefill:
                     nothing = total == 0.0
                     scale = 0.0 if nothing else cute.arch.rcp_approx(total)
                     tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
-                    chunk = self.store.produce(
-                        tO, shared.sO, thread, scale, empty, barriers, chunk
-                    )
+                    chunk = self.store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
                     if cutlass.const_expr(plan.features.lse):
                         lse = -Float32.inf
                         if not nothing:

@@ -32,9 +32,7 @@ def _asm(
 def _floats(struct: Any, count: int, loc: Any, ip: Any) -> list[Float32]:
     if count == 1:
         return [Float32(struct)]
-    return [
-        Float32(llvm.extractvalue(T.f32(), struct, [i], loc=loc, ip=ip)) for i in range(count)
-    ]
+    return [Float32(llvm.extractvalue(T.f32(), struct, [i], loc=loc, ip=ip)) for i in range(count)]
 
 
 def _names(first: int, count: int) -> str:
@@ -90,7 +88,7 @@ def tcgen05_store(address: Int32, values: list[Any], *, loc=None, ip=None) -> No
     kind = "f" if isinstance(values[0], Float32) else "r"
     _asm(
         f"tcgen05.st.sync.aligned.32x32b.x{count}.b32 [$0], {_names(1, count)};",
-        [], [Int32(address).ir_value(loc=loc, ip=ip), *(v.ir_value(loc=loc, ip=ip) for v in values)],
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + [kind] * count), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
@@ -139,56 +137,69 @@ def store_shared(address: Int32, values: list[Any], *, loc=None, ip=None) -> Non
     kind = "f" if isinstance(values[0], Float32) else "r"
     _asm(
         "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
-        [], [Int32(address).ir_value(loc=loc, ip=ip), *(v.ir_value(loc=loc, ip=ip) for v in values)],
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + [kind] * 4), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 
-def _mma_steps(a: str, steps: tuple[tuple[int, int], ...], first_enable: str, kind: str) -> str:
-    """The instructions of all K steps: operands advance by (``a``, ``b``) of ``steps``."""
-    lines = []
+def _mma(steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str) -> str:
+    """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
+    $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``."""
+    lines = [
+        ".reg .pred e, p;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
+        "elect.sync _|e, 0xffffffff;",
+    ]  # fmt: skip
+    if first_enable == "p":
+        lines.append("setp.ne.b32 p, $5, 0;")
     for index, (step_a, step_b) in enumerate(steps):
-        lines.append(f"add.s{kind} a, {a}, {step_a};")
-        lines.append(f"add.s64 b, $2, {step_b};")
-        source = "a" if kind == "64" else "[a]"
+        lines += [f"add.s32 la, $4, {step_a};", f"add.s32 lb, $2, {step_b};"]
+        lines.append("mov.b64 db, {lb, $3};")
+        if a_shared:
+            lines.append("mov.b64 da, {la, $5};")
+        a = "da" if a_shared else "[la]"
         enable = "1" if index else first_enable
-        lines.append(f"@e tcgen05.mma.cta_group::1.kind::f16 [$0], {source}, b, $3, {enable};")
-    return "\n\t".join(lines)
+        lines.append(f"@e tcgen05.mma.cta_group::1.kind::f16 [$0], {a}, db, $1, {enable};")
+    return "{\n\t" + "\n\t".join(lines) + "\n\t}"
 
 
 @dsl_user_op
 def tcgen05_mma_shared(
-    accumulator: Int32, a: Any, b: Any, descriptor: int, steps: tuple[tuple[int, int], ...], *,
-    loc=None, ip=None,
+    accumulator: Int32, a: tuple[Int32, Int32], b: tuple[Int32, Int32], descriptor: int,
+    steps: tuple[tuple[int, int], ...], *, loc=None, ip=None,
 ) -> None:  # fmt: skip
-    """tcgen05.mma kind::f16 for every K step; overwrites the accumulator. By the elected lane."""
-    text = (
-        "{\n\t.reg .pred e;\n\t.reg .b64 a, b;\n\telect.sync _|e, 0xffffffff;\n\t"
-        + _mma_steps("$1", steps, "0", "64")
-        + "\n\t}"
-    )
-    values = (Int32(accumulator), cutlass.Int64(a), cutlass.Int64(b), Int32(descriptor))
+    """tcgen05.mma kind::f16 for every K step, from descriptors given as (low, high) words;
+    overwrites the accumulator."""
+    values = (Int32(accumulator), Int32(descriptor), *b, *a)
     _asm(
-        text, [], [value.ir_value(loc=loc, ip=ip) for value in values], "r,l,l,r", effects=True,
-        loc=loc, ip=ip,
+        _mma(steps, True, "0"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 
 @dsl_user_op
 def tcgen05_mma_tmem(
-    accumulator: Int32, a: Int32, b: Any, descriptor: int, steps: tuple[tuple[int, int], ...],
-    accumulate: Int32, *, loc=None, ip=None,
+    accumulator: Int32, a: Int32, b: tuple[Int32, Int32], descriptor: int,
+    steps: tuple[tuple[int, int], ...], accumulate: Int32, *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """tcgen05.mma kind::f16 with A in TMEM, for every K step; the first adds to the accumulator
-    where ``accumulate`` is not 0. By the elected lane."""
-    text = (
-        "{\n\t.reg .pred e, p;\n\t.reg .b32 a;\n\t.reg .b64 b;\n\t"
-        "elect.sync _|e, 0xffffffff;\n\tsetp.ne.b32 p, $4, 0;\n\t"
-        + _mma_steps("$1", steps, "p", "32")
-        + "\n\t}"
-    )
-    values = (Int32(accumulator), Int32(a), cutlass.Int64(b), Int32(descriptor), Int32(accumulate))
+    where ``accumulate`` is not 0."""
+    values = (Int32(accumulator), Int32(descriptor), *b, Int32(a), Int32(accumulate))
     _asm(
-        text, [], [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,l,r,r", effects=True,
-        loc=loc, ip=ip,
+        _mma(steps, False, "p"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
+
+
+@dsl_user_op
+def barrier_any(
+    identifier: Int32, threads: int, vote: Any, *, loc=None, ip=None
+) -> cutlass.Boolean:
+    """barrier.red.or: waits for ``threads`` threads; true for all of them if one of them votes."""
+    result = _asm(
+        "{\n\t.reg .pred p, q;\n\tsetp.ne.b32 p, $1, 0;\n\t"
+        f"barrier.cta.red.or.pred.aligned q, $2, {threads}, p;\n\tselp.b32 $0, 1, 0, q;\n\t}}",
+        [T.i32()],
+        [Int32(vote).ir_value(loc=loc, ip=ip), Int32(identifier).ir_value(loc=loc, ip=ip)],
+        "=r,r,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result) != 0

@@ -2,7 +2,8 @@
 
 Scores are raw products q·k. With c = scale · log2 e, row maximum m and P = 2^(c·s − c·m):
 
-    m' = max(m, max_j s_j),   fade = 2^(c·(m − m')),   l' = fade · l + Σ_j P_j,   O' = fade · O + P V.
+    m' = max(m, max_j s_j),      fade = 2^(c·(m − m')),
+    l' = fade · l + Σ_j P_j,     O' = fade · O + P V.
 
 While c·(m − m') ≥ −threshold the old maximum is kept and fade is exactly 1: P then stays below
 2^threshold, and O need not be touched. A row's maximum starts at the finite `EMPTY`, so that
@@ -15,12 +16,30 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
 
 EMPTY = -1.0e30
 """Maximum of a row that has seen no key."""
+
+ABSENT = 1.0e30
+"""Running maximum of a row past the sequence: no tile ever matters to it."""
+
+
+def log2_threshold(value: Float32) -> Float32:
+    """log2 λ: −inf, which skips nothing, for λ <= 0 and NaN, and 0 for λ >= 1."""
+    log = cute.math.log2(cute.arch.fmin(value, 1.0), fastmath=True)
+    return cutlass.select_(value > 0.0, log, Float32(-Float32.inf))
+
+
+def keeps_tile(
+    tile_max: Float32, running: Float32, scale_log2: Float32, threshold: Float32
+) -> Boolean:
+    """Whether a row whose scores in the tile reach ``tile_max`` (−inf: none is visible) needs it:
+    not when c · (tile_max − running) < log2 λ."""
+    gap = (tile_max - running) * scale_log2
+    return (gap >= threshold) & (tile_max > -Float32.inf)
 
 
 def row_maximum(scores: list[Float32], start: Float32) -> Float32:
@@ -45,9 +64,7 @@ def new_maximum(
     return cutlass.select_(keep, row_max, tile_max), cutlass.select_(keep, Float32(1.0), fade)
 
 
-def exponentials(
-    scores: list[Float32], scale_log2: Float32, minus_max: Float32
-) -> list[Float32]:
+def exponentials(scores: list[Float32], scale_log2: Float32, minus_max: Float32) -> list[Float32]:
     """P = 2^(c·s − c·m) in FP32; ``minus_max`` is −c·m."""
     result = []
     for j in range(0, len(scores), 2):

@@ -64,11 +64,8 @@ def attention_map(q_tiles: int, tile_n: int, head_dim_v: int) -> TmemMap:
     """
     regions = [Region(f"S{i}", i * tile_n, tile_n) for i in range(q_tiles)]
     regions += [
-        Region(f"P{i}", i * tile_n + tile_n // 2, tile_n // 2, over=f"S{i}")
-        for i in range(q_tiles)
+        Region(f"P{i}", i * tile_n + tile_n // 2, tile_n // 2, over=f"S{i}") for i in range(q_tiles)
     ]
     first_o = q_tiles * tile_n
-    regions += [
-        Region(f"O{i}", first_o + i * head_dim_v, head_dim_v) for i in range(q_tiles)
-    ]
+    regions += [Region(f"O{i}", first_o + i * head_dim_v, head_dim_v) for i in range(q_tiles)]
     return TmemMap(tuple(regions))

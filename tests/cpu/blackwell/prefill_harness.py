@@ -28,11 +28,14 @@ def window_of(case: AttentionCase) -> tuple[int, int]:
     return left, 0 if case.common.get("causal") else right
 
 
-def plan_of(case: AttentionCase, out_dtype: torch.dtype, **changes: Any) -> Plan:
+def plan_of(
+    case: AttentionCase, out_dtype: torch.dtype, features: Any = None, **changes: Any
+) -> Plan:
     left, right = window_of(case)
+    sides = {"window_left": left >= 0, "window_right": right >= 0}
     return Plan(
         case.q.shape[-1], case.v.shape[-1], case.q.dtype, out_dtype,
-        Features(window_left=left >= 0, window_right=right >= 0), **changes,
+        Features(**sides, **(features or {})), **changes,
     )  # fmt: skip
 
 
@@ -46,15 +49,16 @@ def compiled(plan: Plan) -> Any:
     q = torch.zeros(1, 1, 1, plan.head_dim, dtype=plan.dtype)
     v = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.dtype)
     out = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.out_dtype)
-    scalars = Scalars(Float32(1.0), Int32(-1), Int32(-1))
+    scalars = Scalars(Float32(1.0), Int32(-1), Int32(-1), Float32(0.0))
+    lse, stats = torch.zeros(1, 1, 1), torch.zeros(2, dtype=torch.int64)
     return compile_kernel(
-        Prefill(plan), *map(tensor, (q, q.clone(), v, out, torch.zeros(1, 1, 1))), scalars, Int32(1)
+        Prefill(plan), *map(tensor, (q, q.clone(), v, out, lse, stats)), scalars, Int32(1)
     )
 
 
 def run(
     case: AttentionCase, policy: Policy, ctas: int = 148, out: torch.Tensor | None = None,
-    **changes: Any,
+    skip: float = 0.0, stats: torch.Tensor | None = None, **changes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
     """(out, lse, report) of the plan with ``changes``; a finding is an error."""
     q, k, v = case.q, case.k, case.v
@@ -62,9 +66,13 @@ def run(
         out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("nan"))
     scale = case.common.get("scale") or 1 / math.sqrt(q.shape[-1])
-    scalars = Scalars(Float32(scale * math.log2(math.e)), *map(Int32, window_of(case)))
+    scalars = Scalars(
+        Float32(scale * math.log2(math.e)), *map(Int32, window_of(case)), Float32(skip)
+    )
+    if stats is None:
+        stats = torch.zeros(2, dtype=torch.int64)
     report = emulate(
-        compiled(plan_of(case, out.dtype, **changes)), *map(tensor, (q, k, v, out, lse)), scalars,
+        compiled(plan_of(case, out.dtype, **changes)), *map(tensor, (q, k, v, out, lse, stats)), scalars,
         Int32(ctas), policy=policy,
     )  # fmt: skip
     return out, lse, report

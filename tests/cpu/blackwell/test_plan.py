@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -12,11 +14,7 @@ pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 
 
 def plan(**changes):
-    arguments = dict(
-        head_dim=128, head_dim_v=128, dtype=torch.bfloat16, out_dtype=torch.bfloat16,
-        features=Features(),
-    )  # fmt: skip
-    return Plan(**{**arguments, **changes})
+    return replace(Plan(128, 128, torch.bfloat16, torch.bfloat16, Features()), **changes)
 
 
 def test_tmem_of_two_tiles():
@@ -39,7 +37,7 @@ def test_tmem_refuses_too_much_and_overlaps():
 
 def test_budgets():
     assert plan().shared_bytes <= 227 << 10
-    with pytest.raises(ValueError, match="shared memory: .*'K': 98304"):
+    with pytest.raises(ValueError, match=r"shared memory: .*'K': 98304"):
         plan(k_stages=3)
     assert sum(32 * len(role.warps) * role.registers for role in plan().roles) <= 64 << 10
 

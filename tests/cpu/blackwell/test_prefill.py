@@ -40,9 +40,7 @@ def test_full(policy, seqlen_q, seqlen_k):
 
 
 @policies
-@pytest.mark.parametrize(
-    ("seqlen_q", "seqlen_k"), [(300, 300), (100, 330), (400, 150), (257, 384)]
-)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(300, 300), (100, 330), (400, 150), (257, 384)])
 def test_causal(policy, seqlen_q, seqlen_k):
     """Also with queries that precede every key, and Q tiles without a KV tile."""
     case = dense_case(2, seqlen_q, seqlen_k, GQA, Options(causal=True), Source(FP16))

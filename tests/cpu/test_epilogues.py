@@ -4,6 +4,8 @@ bit, what the calls return and refuse."""
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import weakref
 from typing import Any, cast
 
@@ -93,6 +95,53 @@ def test_swizzle(rows, columns):
             assert flat[address] == scales[row, column]
             flat[address] = 0
     assert not flat.any(), "padding is not zero"
+
+
+def test_scales_are_where_cutlass_reads_them():
+    """NVIDIA's own layout of the scales of a ``[rows, 16 · columns]`` operand."""
+    cutlass = pytest.importorskip("cutlass")
+    cute = pytest.importorskip("cutlass.cute")
+    layouts = pytest.importorskip("cutlass.utils.blockscaled_layout")
+    found = {}
+
+    @cute.jit
+    def visit():
+        layout = layouts.tile_atom_to_shape_SF((384, 16 * 12, 1), 16)
+        for row in cutlass.range_constexpr(0, 384, 7):
+            for column in cutlass.range_constexpr(12):
+                found[row, column] = layout((row, 16 * column + 5, 0))
+
+    visit()
+    assert found == {place: scale_address(*place, 12) for place in found}
+    assert len(found) == 55 * 12
+
+
+OUTSIDE = """
+import sys, types, unittest
+import torch
+sys.modules["expecttest"] = types.ModuleType("expecttest")  # imported there, not used
+sys.modules["expecttest"].TestCase = unittest.TestCase
+from torch.testing._internal import common_quantized as outside
+from cute_fmha.epilogues.nvfp4 import NVFP4, swizzle, to_e2m1
+
+torch.manual_seed(0)
+x = torch.cat((torch.randn(10000) * 4, torch.arange(-64, 65) / 8, torch.tensor([1e30, -0.0])))
+assert torch.equal(outside._f32_to_floatx_unpacked(x, 2, 1), to_e2m1(x))
+scales = torch.randint(0, 127, (300, 18), dtype=torch.uint8)
+blocked = outside.to_blocked(scales).flatten()
+assert torch.equal(blocked, swizzle(scales.view(torch.float8_e4m3fn)).view(torch.uint8).flatten())
+y = (torch.randn(5, 2, 64) * 3).bfloat16().clamp(-6, 6)
+y[..., ::16] = 6  # every block's scale is 1
+packed = NVFP4.reference(y.float(), (1.0,), torch.uint8)[0]
+pairs = outside._bfloat16_to_float4_e2m1fn_x2(y.flatten(0, 1)).view(torch.uint8)
+assert torch.equal(pairs, packed.flatten(0, 1))
+"""
+
+
+def test_formats_are_those_of_pytorchs_own_tests(tmp_path):
+    """Rounding, order in a byte, and swizzle by what PyTorch tests its block-scaled GEMMs with; in
+    a process of its own, since that module changes global settings."""
+    subprocess.run([sys.executable, "-c", OUTSIDE], check=True, cwd=tmp_path)
 
 
 def decoded(result: NVFP4Output, shape: torch.Size, global_scale: float) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """The one way out: TMEM → registers → epilogue op → shared memory → global memory by TMA.
 
-The output tile of ``rows`` rows leaves in chunks of 128 bytes a row, through a ring of chunk
-buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them. Nothing
-comes back, and nothing here knows which kernel it serves.
+The output tile of ``rows`` rows leaves in chunks of 128 (or 64) bytes a row, through a ring of
+chunk buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them.
+Nothing comes back, and nothing here knows which kernel it serves.
 
     warpgroup   ld O(c) · scale · op · cast ──> chunk_full[b] ──> TMA store    one warp
                                             <── chunk_empty[b] ──  (once read)
@@ -20,7 +20,6 @@ from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.plan import CHUNK_BYTES
 from cute_fmha.kernels.blackwell.softmax import packed, scaled
 
 
@@ -71,20 +70,23 @@ class Store:
         self, values: Callable[[int, int], list[Float32]], sO: cute.Tensor, thread: Int32,
         barriers: Barriers, cursor: Cursor,
     ) -> Cursor:  # fmt: skip
-        """Write one chunk of the thread's row: 128 bytes, its 16-byte pieces swizzled by row.
+        """Write one chunk of the thread's row, its 16-byte pieces swizzled by row.
 
         ``values(first, count)`` gives columns of the chunk; they are taken 32 at a time, so that
         the warpgroup gets along with few registers.
         """
         barriers.wait("chunk_empty", cursor.empty_phase, cursor.index)
-        row = sO.iterator.toint() + (cursor.index * self.rows + thread) * CHUNK_BYTES
+        row_bytes = self.chunk * self.dtype.width // 8
+        row = sO.iterator.toint() + (cursor.index * self.rows + thread) * row_bytes
+        # The 128-byte swizzle: the piece's number by bits 7–9 of the address; 64 bytes: by 7–8.
+        swizzle = thread * row_bytes // 128 % (row_bytes // 16) * 16
         width = min(32, self.chunk)
         for first in range(0, self.chunk, width):
             part = values(first, width)
             words = part if self.dtype is Float32 else packed(part, self.dtype)
-            start = first * CHUNK_BYTES // self.chunk
+            start = first * row_bytes // self.chunk
             for piece in range(len(words) // 4):
-                address = row + (Int32(start + piece * 16) ^ (thread % 8 * 16))
+                address = row + (Int32(start + piece * 16) ^ swizzle)
                 ptx.store_shared(address, words[piece * 4 : piece * 4 + 4])
         cute.arch.fence_proxy("async.shared", space="cta")
         barriers.arrive("chunk_full", cursor.index)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,8 +16,11 @@ SHARED_BYTES = 227 << 10
 REGISTERS = 64 << 10
 """32-bit registers of an SM; a CTA of this kernel takes them all."""
 
-CHUNK_BYTES = 128
-"""Bytes of an output row that leave together: one 128-byte swizzle atom."""
+OTHER_BYTES = 1024
+"""Shared memory kept for barriers, decisions and alignment."""
+
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+"""(D, Dv) that the prefill kernel has plans for."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Features:
     window_left: bool = False
     window_right: bool = False
     lse: bool = True
+    sink: bool = False
+    softcap: bool = False
     skip: bool = False
     count: bool = False
 
@@ -87,13 +92,15 @@ class Plan:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role."""
+        softmax = 4 * self.q_tiles
+        counts = (192, 80, 48) if self.q_tiles == 2 else (208, 136, 96)
         return (
-            Role("softmax", tuple(range(4 * self.q_tiles)), 192, groups=self.q_tiles),
-            Role("correction", (8, 9, 10, 11), 80),
-            Role("mma", (12,), 48),
-            Role("load", (13,), 48),
-            Role("epilogue", (14,), 48),
-            Role("idle", (15,), 48),
+            Role("softmax", tuple(range(softmax)), counts[0], groups=self.q_tiles),
+            Role("correction", tuple(range(softmax, softmax + 4)), counts[1]),
+            Role("mma", (softmax + 4,), counts[2]),
+            Role("load", (softmax + 5,), counts[2]),
+            Role("epilogue", (softmax + 6,), counts[2]),
+            Role("idle", (softmax + 7,), counts[2]),
         )
 
     def role(self, name: str) -> Role:
@@ -108,9 +115,14 @@ class Plan:
         return self.q_tiles * self.tile_m
 
     @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an output row that leave together: a swizzle atom of 128 or 64 bytes."""
+        return 128 if self.head_dim_v * self.out_dtype.itemsize % 128 == 0 else 64
+
+    @property
     def chunk(self) -> int:
         """Columns of the output that leave together."""
-        return CHUNK_BYTES // self.out_dtype.itemsize
+        return self.chunk_bytes // self.out_dtype.itemsize
 
     @property
     def chunks(self) -> int:
@@ -124,14 +136,39 @@ class Plan:
             "Q": self.q_tiles * self.tile_m * self.head_dim * element,
             "K": self.k_stages * self.tile_n * self.head_dim * element,
             "V": self.v_stages * self.tile_n * self.head_dim_v * element,
-            "O": self.o_stages * self.tile_m * CHUNK_BYTES,
+            "O": self.o_stages * self.tile_m * self.chunk_bytes,
             "statistics": self.q_tiles * self.tile_m * 2 * 4,
-            "barriers": 512,
+            "other": OTHER_BYTES,
         }
 
     @property
     def shared_bytes(self) -> int:
         return sum(self.shared_parts.values())
+
+
+@functools.cache
+def make_plan(
+    head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features
+) -> Plan:
+    """Two Q tiles of 128 keys where TMEM and shared memory allow it, and as many stages as fit.
+
+    At (192, 128) Q alone takes 96 KiB, so that KV tiles have 64 keys; at (256, 256) O takes half of
+    TMEM and there is one Q tile.
+    """
+    wide = head_dim > 128
+    plan = Plan(
+        head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
+        q_tiles=1 if head_dim_v > 128 else 2,
+    )  # fmt: skip
+    while plan.k_stages < 4:
+        for stages in ((0, 1), (1, 0)):
+            try:
+                plan = replace(
+                    plan, k_stages=plan.k_stages + stages[0], v_stages=plan.v_stages + stages[1]
+                )
+            except ValueError:
+                return plan
+    return plan
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

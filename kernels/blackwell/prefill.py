@@ -1,4 +1,52 @@
-"""Prefill on Blackwell: softmax(scale · Q Kᵀ) V with tcgen05, one persistent kernel."""
+"""Prefill on Blackwell (sm_100a, sm_103a): one persistent, warp-specialised tcgen05 kernel.
+
+Mathematics, per query row i, in base 2 (`softmax`): S = Q Kᵀ by KV tiles n = begin … end − 1,
+
+    m' = max(m, S),  P = 2^(c·S − c·m'),  fade = 2^(c·m − c·m'),  l' = fade · l + ΣP,
+    O' = fade · O + P V,
+
+out = O / l, lse = ln 2 · (c·m + log2 l), c = scale · log2 e. A sink joins m and l at the end; a
+softcap replaces S by tanh(scale / cap · S) and c by cap · log2 e. With skip-softmax a KV tile whose
+every row has c · (max S − running maximum) < log2 λ is left out, before its V is asked for.
+
+Shapes: q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], out [B, Sq, Hq, Dv], lse
+[B, Hq, Sq]; any strides with a contiguous last dimension and rows on 16 bytes. A work tile is two Q
+tiles (one for Dv 256) of 128 rows of one head; each has its own exact range of KV tiles.
+
+Warps (two Q tiles; with one, the softmax has warps 0–3 and the others follow)
+
+    0–3, 4–7   softmax     S → P of Q tile 0 and 1, a row per thread; decides what is skipped
+    8–11       correction  O · fade when the maximum moved; at the end O / l → chunks, LSE
+    12         mma         S = Q Kᵀ, O += P V; owns TMEM
+    13         load        Q, K, V by TMA
+    14         epilogue    chunks of O → global memory by TMA
+    15         idle
+
+TMEM, in 32-bit columns, at Dv 128 (`tmem.attention_map`)
+
+    0        64       128      192      256               384               512
+    | S0     | P0     | S1     | P1     | O0              | O1              |
+    S0 is 0–127, S1 128–255: P lies over the upper half of its own S, which is read by then.
+
+Pipelines: `pipelines.prefill_topology`.
+
+Timeline of KV tile n in steady state, two Q tiles (numbers: Q tile; time goes down)
+
+    load            mma                     softmax 0        softmax 1        correction
+    K(n + 1)        PV 0 (n−1)                               exp 1 (n−1)
+                    QK 0 (n)                                 exp 1, P 1
+                    PV 1 (n−1)              max 0, vote ─┐                    fade 0
+    V(n) <──────────────────────────────────────────────┤
+                    QK 1 (n)                exp 0, P 0 ──┘   max 1, vote      fade 1
+    K(n + 2)        PV 0 (n)  <───────────                   exp 1, P 1
+
+K(n + 1) is in flight before the load warp waits for the decision on tile n, so that the next S
+depends on no decision. V(n) is asked for at the first vote to keep it, and has the time of 128
+exponentials per row to arrive. When both Q tiles skip, V, both products and the corrections go; S
+of the next tile may overwrite S as soon as the vote is in.
+
+Constraints: `plan.can_implement`.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +77,8 @@ from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.softmax import (
     ABSENT,
     EMPTY,
+    LOG2_E,
+    capped,
     exponentials,
     keeps_tile,
     log2_threshold,
@@ -37,6 +87,7 @@ from cute_fmha.kernels.blackwell.softmax import (
     row_maximum,
     row_sum,
     scaled,
+    with_sink,
 )
 
 LN2 = math.log(2.0)
@@ -74,6 +125,7 @@ class Global(NamedTuple):
     tma_o: cute.CopyAtom
     mO: cute.Tensor  # (SEQ_Q, DV, HEAD_Q, BATCH)
     mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
+    mSink: cute.Tensor  # (HEAD_Q,)
     mStats: cute.Tensor  # (2,): KV tiles skipped, and all
 
 
@@ -89,7 +141,8 @@ class Layouts(NamedTuple):
 class Scalars(NamedTuple):
     """Run-time values."""
 
-    scale_log2: Float32
+    scale_log2: Float32  # scale · log2 e; with a softcap cap · log2 e
+    cap_inner: Float32  # scale / cap
     window_left: Int32
     window_right: Int32
     skip: Float32  # λ, or the factor that λ is over the KV length
@@ -161,6 +214,7 @@ class Prefill:
         mV: cute.Tensor,
         mO: cute.Tensor,
         mLSE: cute.Tensor,
+        mSink: cute.Tensor,
         mStats: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
@@ -208,9 +262,8 @@ class Prefill:
             save, mO, cute.select(layouts.sO, mode=[0, 1]), (plan.tile_m, plan.chunk)
         )
         work = cute.ceil_div(mQ.shape[0], plan.work_rows) * mQ.shape[2] * mQ.shape[3]
-        self.kernel(
-            mmas, Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mStats), layouts, scalars
-        ).launch(
+        mem = Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mStats)
+        self.kernel(mmas, mem, layouts, scalars).launch(
             grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
         )  # fmt: skip
 
@@ -571,6 +624,8 @@ class Prefill:
         for c in cutlass.range_constexpr(0, plan.tile_n, width):
             scores += ptx.tcgen05_load(tS + c, width)
         scores = ptx.tcgen05_wait_load(scores)
+        if cutlass.const_expr(plan.features.softcap):
+            scores = capped(scores, scalars.cap_inner)
         if cutlass.const_expr(masked):
             lengths = mem.mQ.shape[0], mem.mK.shape[0]
             scores = mask_row(scores, row, n * plan.tile_n, lengths, self.window(scalars))
@@ -685,7 +740,7 @@ class Prefill:
                 first_row = block * plan.work_rows + t * plan.tile_m
                 if first_row < seqlen_q:
                     empty = fresh[t]
-                    total, row_max = Float32(0.0), Float32(0.0)
+                    total, row_max = Float32(0.0), Float32(EMPTY)
                     if ends[t] > begins[t]:
                         barriers.wait("scale_full", scale_phase[t], t)
                         scale_phase[t] = scale_phase[t] ^ 1
@@ -694,16 +749,20 @@ class Prefill:
                         barriers.arrive("scale_empty", t)
                         barriers.wait_tmem("o_full", o_phase[t], t)
                         o_phase[t] = o_phase[t] ^ 1
+                    maximum_log2 = row_max * scalars.scale_log2
+                    left = Float32(1.0)
+                    if cutlass.const_expr(plan.features.sink):
+                        maximum_log2, total, left = with_sink(
+                            maximum_log2, total, mem.mSink[head] * LOG2_E
+                        )
                     nothing = total == 0.0
-                    scale = 0.0 if nothing else cute.arch.rcp_approx(total)
+                    scale = 0.0 if nothing else left * cute.arch.rcp_approx(total)
                     tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
                     chunk = self.store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
                     if cutlass.const_expr(plan.features.lse):
                         lse = -Float32.inf
                         if not nothing:
-                            lse = LN2 * (
-                                row_max * scalars.scale_log2 + cute.math.log2(total, fastmath=True)
-                            )
+                            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
                         row = first_row + thread
                         if row < seqlen_q:
                             mem.mLSE[batch, head, row] = lse

@@ -12,6 +12,7 @@ While c·(m − m') ≥ −threshold the old maximum is kept and fade is exactly
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import cutlass
@@ -19,6 +20,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+
+LOG2_E = math.log2(math.e)
 
 EMPTY = -1.0e30
 """Maximum of a row that has seen no key."""
@@ -62,6 +65,31 @@ def new_maximum(
         return tile_max, fade
     keep = gap >= -threshold
     return cutlass.select_(keep, row_max, tile_max), cutlass.select_(keep, Float32(1.0), fade)
+
+
+def tanh(x: Float32) -> Float32:
+    """tanh to FP32 accuracy: 1 − 2 / (e^2x + 1), and near 0, where that cancels, a series."""
+    far = 1.0 - 2.0 * cute.arch.rcp_approx(ptx.exp2(x * (2.0 * LOG2_E)) + 1.0)
+    square = x * x
+    series = Float32(62 / 2835)
+    for coefficient in (-17 / 315, 2 / 15, -1 / 3, 1.0):
+        series = series * square + coefficient
+    return cutlass.select_(square < 0.0625, x * series, far)
+
+
+def capped(scores: list[Float32], inner: Float32) -> list[Float32]:
+    """tanh(inner · s), inner = scale / cap: with c = cap · log2 e they replace the raw scores."""
+    return [tanh(score * inner) for score in scores]
+
+
+def with_sink(
+    maximum_log2: Float32, total: Float32, sink_log2: Float32
+) -> tuple[Float32, Float32, Float32]:
+    """A further logit without a value joins the row: (maximum, sum, what is left of O), all in
+    base 2. A row that has seen no key has the sink as its only column."""
+    joint = cute.arch.fmax(maximum_log2, sink_log2)
+    fade = ptx.exp2(maximum_log2 - joint)
+    return joint, total * fade + ptx.exp2(sink_log2 - joint), fade
 
 
 def exponentials(scores: list[Float32], scale_log2: Float32, minus_max: Float32) -> list[Float32]:

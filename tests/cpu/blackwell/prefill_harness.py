@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from cutlass import Float32, Int32
 
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
-from cute_fmha.kernels.blackwell.plan import Features, Plan
+from cute_fmha.kernels.blackwell.plan import Features, Plan, make_plan
 from cute_fmha.kernels.blackwell.prefill import Prefill, Scalars
 from cute_fmha.testing import AttentionCase
 
@@ -32,11 +33,15 @@ def plan_of(
     case: AttentionCase, out_dtype: torch.dtype, features: Any = None, **changes: Any
 ) -> Plan:
     left, right = window_of(case)
-    sides = {"window_left": left >= 0, "window_right": right >= 0}
-    return Plan(
-        case.q.shape[-1], case.v.shape[-1], case.q.dtype, out_dtype,
-        Features(**sides, **(features or {})), **changes,
-    )  # fmt: skip
+    present = Features(
+        window_left=left >= 0,
+        window_right=right >= 0,
+        sink=case.common.get("sink") is not None,
+        softcap=case.common.get("softcap", 0.0) > 0,
+        **(features or {}),
+    )
+    plan = make_plan(case.q.shape[-1], case.v.shape[-1], case.q.dtype, out_dtype, present)
+    return replace(plan, **changes)
 
 
 def tensor(x: torch.Tensor) -> Any:
@@ -49,10 +54,10 @@ def compiled(plan: Plan) -> Any:
     q = torch.zeros(1, 1, 1, plan.head_dim, dtype=plan.dtype)
     v = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.dtype)
     out = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.out_dtype)
-    scalars = Scalars(Float32(1.0), Int32(-1), Int32(-1), Float32(0.0))
-    lse, stats = torch.zeros(1, 1, 1), torch.zeros(2, dtype=torch.int64)
+    scalars = Scalars(Float32(1.0), Float32(1.0), Int32(-1), Int32(-1), Float32(0.0))
+    lse, sink, stats = torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(2, dtype=torch.int64)
     return compile_kernel(
-        Prefill(plan), *map(tensor, (q, q.clone(), v, out, lse, stats)), scalars, Int32(1)
+        Prefill(plan), *map(tensor, (q, q.clone(), v, out, lse, sink, stats)), scalars, Int32(1)
     )
 
 
@@ -66,13 +71,19 @@ def run(
         out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("nan"))
     scale = case.common.get("scale") or 1 / math.sqrt(q.shape[-1])
+    cap = case.common.get("softcap", 0.0)
     scalars = Scalars(
-        Float32(scale * math.log2(math.e)), *map(Int32, window_of(case)), Float32(skip)
+        Float32((cap or scale) * math.log2(math.e)),
+        Float32(scale / cap if cap else 0.0),
+        *map(Int32, window_of(case)),
+        Float32(skip),
     )
+    sink = case.common.get("sink")
+    if sink is None:
+        sink = torch.zeros(q.shape[2])
     if stats is None:
         stats = torch.zeros(2, dtype=torch.int64)
-    report = emulate(
-        compiled(plan_of(case, out.dtype, **changes)), *map(tensor, (q, k, v, out, lse, stats)), scalars,
-        Int32(ctas), policy=policy,
-    )  # fmt: skip
+    kernel = compiled(plan_of(case, out.dtype, **changes))
+    tensors = map(tensor, (q, k, v, out, lse, sink, stats))
+    report = emulate(kernel, *tensors, scalars, Int32(ctas), policy=policy)
     return out, lse, report

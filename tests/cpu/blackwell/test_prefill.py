@@ -87,6 +87,33 @@ def test_output_in_float32():
     check(case, out, lse)
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (192, 128), (256, 256)])
+@pytest.mark.parametrize("options", [Options(), Options(causal=True)], ids=["full", "causal"])
+def test_head_dims(dims, options):
+    case = dense_case(1, 300, 330, Heads(2, 1, *dims), options, Source(BF16))
+    for policy in harness.POLICIES:
+        out, lse, _ = harness.run(case, policy)
+        check(case, out, lse)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        Options(sink=True),
+        Options(sink=True, causal=True),
+        Options(softcap=0.5),
+        Options(softcap=50.0, sink=True, window=(100, 20)),
+    ],
+    ids=["sink", "sink-causal", "softcap", "all"],
+)
+def test_sink_and_softcap(options):
+    """With queries that precede every key: the sink is then their only column."""
+    case = dense_case(1, 300, 170, GQA, options, Source(FP16, std=1.0))
+    for policy in harness.POLICIES:
+        out, lse, _ = harness.run(case, policy)
+        check(case, out, lse)
+
+
 @pytest.mark.parametrize("threshold", [0.0, 8.0])
 def test_growing_scores(threshold):
     """The maximum rises by more than the rescale threshold, over and over.

@@ -173,8 +173,26 @@ def make_plan(
 
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the prefill kernel cannot run ``problem`` on ``target``; None when it can."""
+    dims = (problem.head_dim, problem.head_dim_v)
     if target.device_type != "cuda" or target.arch not in (100, 103):
-        return "the Blackwell kernels need compute capability 10.0 or 10.3"
+        return (
+            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
+            f"{target.device_type}, {target.arch / 10}"
+        )
     if problem.op != "attention":
         return f"the prefill kernel has no {problem.op}"
+    if problem.layout != "dense" or problem.packed_q:
+        return f"the prefill kernel takes dense keys and queries; got {problem.layout}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the prefill kernel takes bfloat16 and float16; got {problem.dtype}"
+    if dims not in HEAD_DIMS:
+        return f"the prefill kernel has (D, Dv) in {HEAD_DIMS}; got {dims}"
+    if problem.seqlen_q == 0 or problem.seqlen_k == 0 or problem.batch == 0:
+        return "the prefill kernel needs at least one sequence, query and key"
+    if problem.block_mask is not None:
+        return "the prefill kernel has no block mask"
+    if problem.num_splits > 1:
+        return f"the prefill kernel does not split the keys; got num_splits={problem.num_splits}"
+    if not problem.epilogue.startswith("identity"):
+        return f"the prefill kernel has no epilogue {problem.epilogue!r}"
     return None

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from cute_fmha.kernels.blackwell.plan import Features, Plan, Role
+from cute_fmha.kernels.blackwell.plan import (
+    HEAD_DIMS,
+    Features,
+    Plan,
+    Role,
+    can_implement,
+    make_plan,
+)
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap, attention_map
+from cute_fmha.problem import Problem, Target
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 
@@ -59,3 +68,39 @@ def test_arrive_counts_follow_from_the_roles():
         Topology(roles, (Barrier("x", 1, (("c", "warp"),)),))
     with pytest.raises(ValueError, match="every warp has one role"):
         Topology((Role("a", (0, 2), 64),), ())
+
+
+B200 = Target("cuda", 100, 148)
+
+
+def problem(**changes):
+    plain = Problem(
+        "attention", "dense", False, torch.bfloat16, torch.bfloat16, 2, 512, 512, 8, 2, 128, 128
+    )
+    return replace(plain, **changes)
+
+
+def test_what_can_be_implemented():
+    assert can_implement(problem(), B200) is None
+    assert can_implement(problem(head_dim=192, window_right=0, skip=True, sink=True), B200) is None
+    refused = {
+        "dense keys": {"layout": "packed"},
+        "got torch.float32": {"dtype": torch.float32},
+        r"got \(64, 128\)": {"head_dim": 64},
+        "at least one": {"seqlen_k": 0},
+        "block mask": {"block_mask": (128, 128)},
+        "num_splits=2": {"num_splits": 2},
+        "epilogue 'nvfp4'": {"epilogue": "nvfp4"},
+    }
+    for reason, changes in refused.items():
+        assert re.search(reason, can_implement(problem(**changes), B200))
+    assert "10.0 or 10.3" in can_implement(problem(), Target("cuda", 90, 132))
+
+
+@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_every_pair_has_a_plan_within_budget(dims, out_dtype):
+    made = make_plan(*dims, torch.bfloat16, out_dtype, Features())
+    assert made.shared_bytes <= 227 << 10
+    assert min(made.k_stages, made.v_stages) >= 2
+    assert made.tmem.columns <= 512

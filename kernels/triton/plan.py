@@ -11,6 +11,7 @@ import torch
 
 from cute_fmha.epilogues.base import resolve
 from cute_fmha.epilogues.cast import IDENTITY
+from cute_fmha.epilogues.nvfp4 import NVFP4
 from cute_fmha.problem import Problem, Target
 from cute_fmha.tiling import ceil_div
 
@@ -171,8 +172,9 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
         tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
         if tile_m > 16 and _crowded(problem):
             tile_n = 16
-        if problem.epilogue != IDENTITY.key:
-            warps = 8  # the op works on O while it is in registers
+        if problem.epilogue == NVFP4.key and tile_m <= 16:
+            # Its blocks need O in another layout beside the one it is in. What does not spill:
+            tile_n, warps = (32, 8) if large else (16, 4)
     elif large:
         # Three stages of 128 keys fill the shared memory of one SM, and one CTA its bandwidth:
         # 4.4 TB/s, against 3.9 with two CTAs of 64 keys.

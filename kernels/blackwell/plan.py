@@ -51,6 +51,8 @@ class Features:
     sink: bool = False
     softcap: bool = False
     skip: bool = False
+    skip_tensor: bool = False
+    skip_relative: bool = False
     count: bool = False
 
 

@@ -126,6 +126,7 @@ class Global(NamedTuple):
     mO: cute.Tensor  # (SEQ_Q, DV, HEAD_Q, BATCH)
     mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
     mSink: cute.Tensor  # (HEAD_Q,)
+    mSkip: cute.Tensor  # (1,): in place of the scalar
     mStats: cute.Tensor  # (2,): KV tiles skipped, and all
 
 
@@ -215,6 +216,7 @@ class Prefill:
         mO: cute.Tensor,
         mLSE: cute.Tensor,
         mSink: cute.Tensor,
+        mSkip: cute.Tensor,
         mStats: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
@@ -262,7 +264,7 @@ class Prefill:
             save, mO, cute.select(layouts.sO, mode=[0, 1]), (plan.tile_m, plan.chunk)
         )
         work = cute.ceil_div(mQ.shape[0], plan.work_rows) * mQ.shape[2] * mQ.shape[3]
-        mem = Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mStats)
+        mem = Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mSkip, mStats)
         self.kernel(mmas, mem, layouts, scalars).launch(
             grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
         )  # fmt: skip
@@ -573,7 +575,12 @@ class Prefill:
         phases = SoftmaxPhases(Int32(0), Int32(0), Int32(0))
         counts = Counts(Int32(0), Int32(0))
         if cutlass.const_expr(plan.features.skip):
-            scalars = scalars._replace(skip=log2_threshold(scalars.skip))
+            skip = scalars.skip
+            if cutlass.const_expr(plan.features.skip_tensor):
+                skip = mem.mSkip[0]
+            if cutlass.const_expr(plan.features.skip_relative):
+                skip = skip / Float32(mem.mK.shape[0])
+            scalars = scalars._replace(skip=log2_threshold(skip))
         group = (mmas, mem, shared, scalars, tmem, barriers, tile, thread)
         first_work, works, step = self.works(mem)
         for work in cutlass.range(first_work, works, step, unroll=1):

@@ -50,20 +50,23 @@ def tensor(x: torch.Tensor) -> Any:
 
 @functools.cache
 def compiled(plan: Plan) -> Any:
+    return build(plan)
+
+
+def build(plan: Plan, **options: Any) -> Any:
     """The kernel of ``plan``; every extent and stride is dynamic."""
     q = torch.zeros(1, 1, 1, plan.head_dim, dtype=plan.dtype)
     v = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.dtype)
     out = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.out_dtype)
     scalars = Scalars(Float32(1.0), Float32(1.0), Int32(-1), Int32(-1), Float32(0.0))
-    lse, sink, stats = torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(2, dtype=torch.int64)
-    return compile_kernel(
-        Prefill(plan), *map(tensor, (q, q.clone(), v, out, lse, sink, stats)), scalars, Int32(1)
-    )
+    lse, row, stats = torch.zeros(1, 1, 1), torch.zeros(1), torch.zeros(2, dtype=torch.int64)
+    tensors = map(tensor, (q, q.clone(), v, out, lse, row, row.clone(), stats))
+    return compile_kernel(Prefill(plan), *tensors, scalars, Int32(1), **options)
 
 
 def run(
     case: AttentionCase, policy: Policy, ctas: int = 148, out: torch.Tensor | None = None,
-    skip: float = 0.0, stats: torch.Tensor | None = None, **changes: Any,
+    skip: float | torch.Tensor = 0.0, stats: torch.Tensor | None = None, **changes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
     """(out, lse, report) of the plan with ``changes``; a finding is an error."""
     q, k, v = case.q, case.k, case.v
@@ -76,14 +79,15 @@ def run(
         Float32((cap or scale) * math.log2(math.e)),
         Float32(scale / cap if cap else 0.0),
         *map(Int32, window_of(case)),
-        Float32(skip),
+        Float32(math.nan if isinstance(skip, torch.Tensor) else skip),
     )
     sink = case.common.get("sink")
     if sink is None:
         sink = torch.zeros(q.shape[2])
     if stats is None:
         stats = torch.zeros(2, dtype=torch.int64)
+    skip_tensor = skip if isinstance(skip, torch.Tensor) else torch.full((1,), math.nan)
     kernel = compiled(plan_of(case, out.dtype, **changes))
-    tensors = map(tensor, (q, k, v, out, lse, sink, stats))
+    tensors = map(tensor, (q, k, v, out, lse, sink, skip_tensor, stats))
     report = emulate(kernel, *tensors, scalars, Int32(ctas), policy=policy)
     return out, lse, report

@@ -41,6 +41,30 @@ def test_decisions_of_the_oracle(policy, options):
     assert stats.tolist() == [7 + expected.skipped, 100 + expected.total]
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("relative", [False, True])
+def test_threshold_in_every_form(tensor, relative):
+    """Also changed between launches of one kernel, as between replays of a CUDA graph."""
+    case = skip_case(390, 900)
+    features = {**SKIP, "skip_tensor": tensor, "skip_relative": relative}
+    device = torch.zeros(1)
+    for value in (math.exp(-6.0), 0.0):
+        given = value * 900 if relative else value
+        skip = SkipSoftmax(threshold_scale_factor=given) if relative else SkipSoftmax(given)
+        expected = case.oracle(TILES, skip)
+        stats = torch.zeros(2, dtype=torch.int64)
+        device.fill_(given)
+        out, lse, _ = harness.run(
+            case,
+            harness.POLICIES[2],
+            skip=device if tensor else given,
+            stats=stats,
+            features=features,
+        )
+        check(case, out, lse, TILES, skip)
+        assert stats.tolist() == [expected.skipped, expected.total]
+
+
 @pytest.mark.parametrize("value", [0.0, -1.0, math.nan])
 def test_off(value):
     case = skip_case(200, 500)

@@ -12,7 +12,7 @@ import torch
 
 from cute_fmha import ops  # noqa: F401  (registers torch.ops.cute_fmha)
 from cute_fmha.dispatch import BACKENDS
-from cute_fmha.epilogues.base import EpilogueOp, register
+from cute_fmha.epilogues.base import EpilogueOp
 from cute_fmha.epilogues.cast import IDENTITY
 from cute_fmha.problem import HEAD_DIMS, MLA_HEAD_DIMS, BlockMask, SkipSoftmax
 from cute_fmha.stats import SkipStats
@@ -200,20 +200,37 @@ def _resolve_common(
     return stats.counters
 
 
+def _resolve_epilogue(
+    epilogue: EpilogueOp | None, q: torch.Tensor, head_dim_v: int
+) -> tuple[EpilogueOp, tuple[torch.Tensor, ...]]:
+    """The op, its tensors checked."""
+    op = IDENTITY if epilogue is None else epilogue
+    _require(isinstance(op, EpilogueOp), "epilogue", type(op).__name__, "an EpilogueOp or None")
+    tensors = op.tensors
+    for tensor in tensors:
+        _require(tensor.device == q.device, "epilogue tensor device", tensor.device, q.device)
+        _no_grad_check(epilogue=tensor)
+    op.validate(q, head_dim_v)
+    return op, tensors
+
+
 def _outputs(
     q: torch.Tensor,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None,
-    epilogue: EpilogueOp | None,
+    out: Any,
+    op: EpilogueOp,
     head_dim_v: int,
     lse_shape: tuple[int, ...],
     return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, str]:
-    op = IDENTITY if epilogue is None else epilogue
-    _require(isinstance(op, EpilogueOp), "epilogue", type(op).__name__, "an EpilogueOp or None")
-    shape = (*q.shape[:-1], head_dim_v)
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """(out, second output of the op, lse): those given, checked, and new ones for the others."""
+    shape = (*q.shape[:-1], op.out_columns(head_dim_v))
     out_dtype = op.out_dtype(q.dtype)
+    tokens = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
+    spec = op.extra(tokens, q.shape[-2], head_dim_v)
     lse: torch.Tensor | None = None
-    if isinstance(out, tuple):
+    extra: torch.Tensor | None = None
+    # With two outputs `out` alone is a pair of tensors already.
+    if isinstance(out, tuple) and (spec is None or (out and isinstance(out[0], tuple))):
         _require(
             return_lse and len(out) == 2, "out", "a tuple", "(out, lse) together with return_lse"
         )
@@ -222,11 +239,22 @@ def _outputs(
         _require(lse.is_contiguous(), "out[1] (lse) strides", lse.stride(), "contiguous")
     elif return_lse:
         lse = q.new_empty(lse_shape, dtype=torch.float32)
+    if spec is not None:
+        if out is None:
+            allocate = q.new_zeros if spec.zeroed else q.new_empty
+            extra = allocate(spec.shape, dtype=spec.dtype)
+        else:
+            pair = isinstance(out, tuple) and len(out) == 2
+            _require(pair, "out", type(out).__name__, "a pair, as epilogue {} returns", op.key)
+            out, extra = out
+            meaning = "the epilogue's second output"
+            _check_tensor("out (second)", extra, q, spec.dtype, spec.shape, meaning, False)
+            _require(extra.is_contiguous(), "out (second) strides", extra.stride(), "contiguous")
     if out is None:
         out = q.new_empty(shape, dtype=out_dtype)
     else:
-        _check_tensor("out", out, q, out_dtype, shape, "[..., Hq, Dv]")
-    return out, lse, register(op)
+        _check_tensor("out", out, q, out_dtype, shape, "[..., Hq, columns]")
+    return out, extra, lse
 
 
 def _check_query(q: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
@@ -295,7 +323,7 @@ def attention(
     epilogue: EpilogueOp | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | tuple[Any, torch.Tensor] | None = None,
     workspace: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -321,17 +349,21 @@ def attention(
         seqused_k: int32 ``[B]`` keys in use per sequence (required with ``block_table``).
         skip: a `SkipSoftmax`; None takes the policy of the enclosing `skip_softmax` context.
         stats: a `SkipStats` whose counters are increased on the device.
-        epilogue: an `EpilogueOp`; None stores in the dtype of q.
+        epilogue: an op of `cute_fmha.epilogues` or your own: `Identity`, `Scale`, `FP8`, `NVFP4`,
+            `Gate`; None stores in the dtype of q. With `NVFP4` ``out`` is an `NVFP4Output`
+            (packed, scales), see `cute_fmha.epilogues.nvfp4`.
         return_lse: also return the natural-log log-sum-exp (sink included).
         num_splits: KV splits of the decode kernels; None chooses, a fixed number gives
             batch-invariant, run-to-run identical results.
-        out: the output tensor, or ``(out, lse)`` with ``return_lse``.
+        out: where the result goes, as it is returned: ``out``, or ``(out, lse)`` with
+            ``return_lse``; the padding of NVFP4's scales must be zero.
         workspace: from `make_workspace`; None uses one that the library keeps per stream.
         backend: ``auto``, ``blackwell``, ``triton``, ``reference`` or ``emulator``; a named one
             never falls back.
 
     Returns:
-        ``out`` ``[..., Hq, Dv]`` shaped like q, or ``(out, lse)`` with FP32 ``lse``
+        ``out`` ``[..., Hq, Dv]`` shaped like q (or what the epilogue makes of it), or
+        ``(out, lse)`` with FP32 ``lse``
         ``[B, Hq, Sq]`` (packed q: ``[Hq, total_q]``). A row with nothing to attend to gives 0 and
         −inf.
 
@@ -386,13 +418,15 @@ def attention(
     left, right = _resolve_window(window, causal)
     skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
     lse_shape = (q.shape[1], q.shape[0]) if packed_q else (batch, q.shape[2], q.shape[1])
-    result, lse, key = _outputs(q, out, epilogue, v.shape[-1], lse_shape, return_lse)
+    op, tensors = _resolve_epilogue(epilogue, q, v.shape[-1])
+    result, extra, lse = _outputs(q, out, op, v.shape[-1], lse_shape, return_lse)
     torch.ops.cute_fmha.attention(
-        q, k, v, result, lse, workspace, counters, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
+        q, k, v, result, lse, workspace, counters, extra, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
         block_table, seqused_k, mask, mask_m, mask_n, sink, skip_tensor,
         _resolve_scale(scale, q.shape[-1]), left, right, _resolve_softcap(softcap), skip_on,
-        skip_value, skip_relative, _resolve_splits(num_splits), key, backend,
+        skip_value, skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values, backend,
     )  # fmt: skip
+    result = op.result(result, extra)
     return result if lse is None else (result, lse)
 
 
@@ -413,7 +447,7 @@ def mla_decode(
     epilogue: EpilogueOp | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
-    out: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = None,
+    out: torch.Tensor | tuple[Any, torch.Tensor] | None = None,
     workspace: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -460,10 +494,13 @@ def mla_decode(
     left, right = _resolve_window(window, causal)
     skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
     lse_shape = (batch, q.shape[2], q.shape[1])
-    result, lse, key = _outputs(q, out, epilogue, head_dim_v, lse_shape, return_lse)
+    op, tensors = _resolve_epilogue(epilogue, q, head_dim_v)
+    result, extra, lse = _outputs(q, out, op, head_dim_v, lse_shape, return_lse)
     torch.ops.cute_fmha.mla_decode(
-        q, kv_cache, result, lse, workspace, counters, block_table, cache_seqlens, sink,
-        skip_tensor, _resolve_scale(scale, width), left, right, _resolve_softcap(softcap), skip_on,
-        skip_value, skip_relative, _resolve_splits(num_splits), key, backend,
+        q, kv_cache, result, lse, workspace, counters, extra, block_table, cache_seqlens,
+        head_dim_v, sink, skip_tensor, _resolve_scale(scale, width), left, right,
+        _resolve_softcap(softcap), skip_on,
+        skip_value, skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values, backend,
     )  # fmt: skip
+    result = op.result(result, extra)
     return result if lse is None else (result, lse)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from cute_fmha import dispatch
-from cute_fmha.epilogues.base import EpilogueOp, resolve
+from cute_fmha.epilogues.base import EpilogueOp, Parameters, resolve
 from cute_fmha.problem import Problem
 
 
@@ -24,6 +24,8 @@ class Call:
     For ``mla_decode`` ``k`` is the latent cache and ``v`` a view of its leading columns.
     ``lse``, ``workspace``, ``stats`` and the metadata tensors are None where not asked for.
     ``skip_value`` is λ (or the factor when ``skip_relative``), superseded by ``skip_tensor``.
+    ``extra`` is the second output of an epilogue that has one, ``parameters`` its tensors and
+    numbers.
     """
 
     problem: Problem
@@ -34,6 +36,7 @@ class Call:
     lse: torch.Tensor | None
     workspace: torch.Tensor | None
     stats: torch.Tensor | None
+    extra: torch.Tensor | None
     cu_seqlens_q: torch.Tensor | None
     cu_seqlens_k: torch.Tensor | None
     block_table: torch.Tensor | None
@@ -45,7 +48,8 @@ class Call:
     softcap: float
     skip_value: float
     skip_relative: bool
-    epilogue: EpilogueOp
+    epilogue: type[EpilogueOp]
+    parameters: Parameters
 
 
 _lib = torch.library.Library("cute_fmha", "DEF")
@@ -53,27 +57,28 @@ _lib = torch.library.Library("cute_fmha", "DEF")
 _TAIL = (
     "Tensor? sink, Tensor? skip_tensor, float scale, int window_left, int window_right, "
     "float softcap, bool skip, float skip_value, bool skip_relative, int num_splits, "
-    "str epilogue, str backend) -> ()"
+    "str epilogue, Tensor[] epilogue_tensors, float[] epilogue_values, str backend) -> ()"
 )
 _lib.define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, "
-    "Tensor(c!)? workspace, Tensor(d!)? stats, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, "
-    "SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, Tensor? seqused_k, "
-    "Tensor? block_mask, int block_mask_m, int block_mask_n, " + _TAIL,
+    "Tensor(c!)? workspace, Tensor(d!)? stats, Tensor(e!)? extra, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, SymInt max_seqlen_q, SymInt max_seqlen_k, Tensor? block_table, "
+    "Tensor? seqused_k, Tensor? block_mask, int block_mask_m, int block_mask_n, " + _TAIL,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
     "mla_decode(Tensor q, Tensor kv_cache, Tensor(a!) out, Tensor(b!)? lse, "
-    "Tensor(c!)? workspace, Tensor(d!)? stats, Tensor block_table, Tensor cache_seqlens, " + _TAIL,
+    "Tensor(c!)? workspace, Tensor(d!)? stats, Tensor(e!)? extra, Tensor block_table, "
+    "Tensor cache_seqlens, int head_dim_v, " + _TAIL,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
 def _attention(
-    q, k, v, out, lse, workspace, stats, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
-    block_table, seqused_k, block_mask, block_mask_m, block_mask_n, sink, skip_tensor, scale,
-    window_left, window_right, softcap, skip, skip_value, skip_relative, num_splits, epilogue,
-    backend,
+    q, k, v, out, lse, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
+    max_seqlen_k, block_table, seqused_k, block_mask, block_mask_m, block_mask_n, sink,
+    skip_tensor, scale, window_left, window_right, softcap, skip, skip_value, skip_relative,
+    num_splits, epilogue, epilogue_tensors, epilogue_values, backend,
 ):  # fmt: skip
     packed_q = cu_seqlens_q is not None
     layout: Literal["dense", "packed", "paged"] = "dense"
@@ -108,18 +113,18 @@ def _attention(
     )
     dispatch.run(
         Call(
-            problem, q, k, v, out, lse, workspace, stats, cu_seqlens_q, cu_seqlens_k, block_table,
-            seqused_k, sink, block_mask, skip_tensor, scale, softcap, skip_value, skip_relative,
-            resolve(epilogue),
+            problem, q, k, v, out, lse, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k,
+            block_table, seqused_k, sink, block_mask, skip_tensor, scale, softcap, skip_value,
+            skip_relative, resolve(epilogue), (*epilogue_tensors, *epilogue_values),
         ),
         backend,
     )  # fmt: skip
 
 
 def _mla_decode(
-    q, kv_cache, out, lse, workspace, stats, block_table, cache_seqlens, sink, skip_tensor, scale,
-    window_left, window_right, softcap, skip, skip_value, skip_relative, num_splits, epilogue,
-    backend,
+    q, kv_cache, out, lse, workspace, stats, extra, block_table, cache_seqlens, head_dim_v, sink,
+    skip_tensor, scale, window_left, window_right, softcap, skip, skip_value, skip_relative,
+    num_splits, epilogue, epilogue_tensors, epilogue_values, backend,
 ):  # fmt: skip
     problem = Problem(
         op="mla_decode",
@@ -133,7 +138,7 @@ def _mla_decode(
         heads_q=q.shape[2],
         heads_kv=1,
         head_dim=q.shape[3],
-        head_dim_v=out.shape[3],
+        head_dim_v=head_dim_v,
         page_size=kv_cache.shape[1],
         window_left=window_left,
         window_right=window_right,
@@ -146,9 +151,9 @@ def _mla_decode(
     )
     dispatch.run(
         Call(
-            problem, q, kv_cache, kv_cache[..., : problem.head_dim_v], out, lse, workspace, stats,
-            None, None, block_table, cache_seqlens, sink, None, skip_tensor, scale, softcap,
-            skip_value, skip_relative, resolve(epilogue),
+            problem, q, kv_cache, kv_cache[..., :head_dim_v], out, lse, workspace, stats,
+            extra, None, None, block_table, cache_seqlens, sink, None, skip_tensor, scale, softcap,
+            skip_value, skip_relative, resolve(epilogue), (*epilogue_tensors, *epilogue_values),
         ),
         backend,
     )  # fmt: skip

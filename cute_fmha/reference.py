@@ -585,7 +585,12 @@ def run(call: Call) -> None:
         call.seqused_k,
     )  # fmt: skip
     result = _evaluate(inputs, rules, plan, torch.float32)
-    call.out.copy_(call.epilogue.reference(result.out, call.out.dtype))
+    stored = call.epilogue.reference(result.out, call.parameters, call.out.dtype)
+    if call.extra is not None:
+        stored, extra = stored
+        call.extra.copy_(extra)
+    assert isinstance(stored, torch.Tensor)
+    call.out.copy_(stored)
     if call.lse is not None:
         call.lse.copy_(result.lse)
     if call.stats is not None:

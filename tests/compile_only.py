@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from cute_fmha import BlockMask, SkipSoftmax, SkipStats, attention, make_workspace, mla_decode
+from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, Scale
 from cute_fmha.problem import HEAD_DIMS, Target
 
 TOOLS = Path(triton.backends.nvidia.__file__).parent / "bin"
@@ -62,6 +63,7 @@ class Variant:
     page_size: int = 0
     packed: bool = False
     portable: bool = False
+    epilogue: str = "identity"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,20 @@ def set_target(arch: int) -> None:
             setattr(module, "target_of", lambda device: target)  # noqa: B010
 
 
+def _gate(variant: Variant) -> Gate:
+    rows = 512 if variant.shape == "prefill" else 1
+    return Gate(torch.empty(4, rows, variant.heads, variant.dim_v, dtype=torch.bfloat16))
+
+
+EPILOGUES: dict[str, Callable[[Variant], EpilogueOp]] = {
+    "identity": lambda variant: Identity(),
+    "scale": lambda variant: Scale(torch.empty(variant.heads)),
+    "fp8": lambda variant: FP8(torch.empty(variant.heads)),
+    "nvfp4": lambda variant: NVFP4(torch.empty(1)),
+    "gate": _gate,
+}
+
+
 def call(variant: Variant) -> str:
     """Make the public call that a variant stands for; returns the kernel that was planned."""
     with recorded(portable=variant.portable) as launches:
@@ -142,6 +158,7 @@ def _call(variant: Variant) -> None:
         "sink": torch.zeros(variant.heads) if variant.sink else None,
         "skip": SkipSoftmax(0.1) if variant.skip else None,
         "stats": SkipStats("cpu") if variant.stats else None,
+        "epilogue": EPILOGUES[variant.epilogue](variant),
         "return_lse": True,
         "workspace": make_workspace("cpu", 1 << 30),
         "backend": "triton",
@@ -206,9 +223,28 @@ def short_list(arch: int) -> Iterator[Variant]:
         yield Variant(arch, "decode", 512, 512, num_splits=1, softcap=3.0, sink=True)
     if arch == 100:
         yield Variant(arch, "prefill", 256, 256, portable=True)
+    yield Variant(arch, "prefill", 256, 256, epilogue="nvfp4")
+    yield Variant(arch, "decode", 128, 128, 128, num_splits=4, epilogue="fp8")
     if arch == 90:
         yield Variant(arch, "prefill", 128, 128, packed=True, **EVERYTHING)
         yield Variant(arch, "mla", 576, 512, page_size=16)
+        yield Variant(arch, "mla", 576, 512, 128, num_splits=4, page_size=64, epilogue="nvfp4")
+
+
+def epilogues(arch: int) -> Iterator[Variant]:
+    """Every op in every portable kernel, plain or with everything in it."""
+    for options, name in itertools.product(({}, EVERYTHING), ("nvfp4", "fp8", "gate", "scale")):
+        for dim, dim_v in PAIRS:
+            yield Variant(arch, "prefill", dim, dim_v, epilogue=name, **options)
+            for splits in (1, 4):
+                yield Variant(
+                    arch, "decode", dim, dim_v, 128, num_splits=splits, epilogue=name, **options
+                )
+        for splits, heads in itertools.product((1, 4), (16, 128)):
+            yield Variant(
+                arch, "mla", 576, 512, heads, num_splits=splits, page_size=64, epilogue=name,
+                **options,
+            )  # fmt: skip
 
 
 def matrix(arch: int) -> list[Variant]:
@@ -245,6 +281,7 @@ def _matrix(arch: int) -> Iterator[Variant]:
             if arch == 90:
                 yield replace(mla, page_size=16)
                 yield replace(mla, portable=True)
+    yield from epilogues(arch)
 
 
 def main() -> None:

@@ -48,9 +48,9 @@ COMBINE_ELEMENTS = tl.constexpr(plan.COMBINE_ELEMENTS)
 @triton.jit
 def _combine(
     program, q_start, length_q, batch, kv_head, row_begin, out, lse, out_strides, lse_strides,
-    sink, group, counters, row_stats, partials,
+    sink, group, counters, row_stats, partials, epilogue,
     NUM_SPLITS: tl.constexpr, TILES: tl.constexpr, DIMS: tl.constexpr, PACKED: tl.constexpr,
-    COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+    COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """Reduce the splits of COMBINE_ROWS rows of one work tile, once all of them arrived."""
     TILE_M: tl.constexpr = TILES[0]
@@ -102,7 +102,7 @@ def _combine(
         result, row_lse = normalise(acc, row_max, row_sum)
         store_rows(
             result, row_lse, (q_start + rows // group).to(tl.int64), live, batch, head, out,
-            out_strides, lse, lse_strides, PACKED, DV,
+            out_strides, lse, lse_strides, epilogue, PACKED, DV, EPILOGUE,
         )  # fmt: skip
 
 
@@ -110,14 +110,15 @@ def _combine(
 def decode_kernel(
     q, k, v, out, lse,
     q_strides, k_strides, v_strides, out_strides, lse_strides,
-    sequences, paging, window, scores, skip, stats, sizes, workspace,
+    sequences, paging, window, scores, skip, stats, sizes, workspace, epilogue,
     TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
     SKIP: tl.constexpr, SKIP_RELATIVE: tl.constexpr, NUM_SPLITS: tl.constexpr,
-    COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr,
+    COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring. Tuples: sequences (cu_q, cu_k, seqused), paging (table, table
     stride, page size), window (left, right), scores (scale, softcap, sink), skip (tensor, value),
-    sizes (Sq, Sk, kv heads, group, batch), workspace (counters, row stats, partial outputs)."""
+    sizes (Sq, Sk, kv heads, group, batch), workspace (counters, row stats, partial outputs),
+    epilogue as in epilogue.py."""
     TILE_M: tl.constexpr = TILES[0]
     PACKED: tl.constexpr = sequences[0] is not None
     PACKED_KEYS: tl.constexpr = sequences[1] is not None
@@ -183,7 +184,7 @@ def decode_kernel(
             result, row_lse = normalise(acc, row_max, row_sum)
             store_rows(
                 result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides,
-                PACKED, DIMS[4],
+                epilogue, PACKED, DIMS[4], EPILOGUE,
             )  # fmt: skip
         else:
             slot = work_tile.to(tl.int64) * NUM_SPLITS + split
@@ -205,7 +206,7 @@ def decode_kernel(
             _combine(
                 program, q_start, length_q, batch, kv_head, row_begin, out, lse,
                 out_strides, lse_strides, scores[2], group, counters, row_stats, partials,
-                NUM_SPLITS, TILES, DIMS, PACKED, COMBINE_ROWS, SPLIT_BLOCK,
+                epilogue, NUM_SPLITS, TILES, DIMS, PACKED, COMBINE_ROWS, SPLIT_BLOCK, EPILOGUE,
             )  # fmt: skip
             combine_programs = work_tiles * (TILE_M // COMBINE_ROWS)
             if tl.atomic_add(counters + 1, 1, sem="acq_rel") == combine_programs - 1:

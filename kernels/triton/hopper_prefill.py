@@ -70,6 +70,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from cute_fmha import tiling
+from cute_fmha.epilogues.cast import IDENTITY
 from cute_fmha.kernels.triton.hopper_prefill_consumer import consume
 from cute_fmha.kernels.triton.hopper_prefill_producer import load
 from cute_fmha.kernels.triton.hopper_splitkv import LOG2_E
@@ -255,12 +256,12 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         return f"it takes dense or packed attention, not {problem.layout} {problem.op}"
     if (problem.head_dim, problem.head_dim_v) not in _DIMS:
         return f"head dims {(problem.head_dim, problem.head_dim_v)} are not in {tuple(_DIMS)}"
-    if problem.dtype not in _DTYPES or problem.out_dtype not in (*_DTYPES, torch.float32):
-        return f"it takes float16 or bfloat16, not {problem.dtype} to {problem.out_dtype}"
+    if problem.dtype not in _DTYPES:
+        return f"it takes float16 or bfloat16, not {problem.dtype}"
     if problem.block_mask is not None:
         return "it has no block mask"
-    if not problem.epilogue.startswith("identity"):
-        return f"it has no epilogue {problem.epilogue}"
+    if problem.epilogue != IDENTITY.key:
+        return f"it has no epilogue {problem.epilogue!r}"
     return None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from cute_fmha.kernels.triton.decode import decode_kernel
+from cute_fmha.kernels.triton.epilogue import epilogue_arguments, kernel_view
 from cute_fmha.kernels.triton.plan import (
     COUNTER_BYTES,
     Plan,
@@ -109,21 +110,25 @@ def run(call: Call) -> None:
     if call.block_table is not None:
         paging = (call.block_table, call.block_table.stride(0), problem.page_size)
     softcap = call.softcap if problem.softcap else None
+    function, epilogue = epilogue_arguments(call)
     tensors = (
-        call.q, call.k, call.v, call.out, call.lse, _row_strides(call.q), _row_strides(call.k),
-        _row_strides(call.v), _row_strides(call.out), lse_strides, sequences, paging,
+        call.q, call.k, call.v, kernel_view(call.out), call.lse, _row_strides(call.q),
+        _row_strides(call.k), _row_strides(call.v), _row_strides(call.out), lse_strides, sequences,
+        paging,
     )  # fmt: skip
     options = {
         "window": (problem.window_left, problem.window_right),
         "scores": (call.scale, softcap, call.sink),
         "skip": (call.skip_tensor, call.skip_value),
         "stats": call.stats,
+        "epilogue": epilogue,
         "TILES": (plan.tile_m, plan.tile_n),
         "DIMS": (main, rest, problem.head_dim, next_power_of_two(problem.head_dim_v),
                  problem.head_dim_v),
         "WINDOWED": (problem.window_left >= 0, problem.window_right >= 0),
         "SKIP": problem.skip,
         "SKIP_RELATIVE": call.skip_relative,
+        "EPILOGUE": function,
         "num_warps": plan.num_warps,
         "num_stages": plan.num_stages,
     }  # fmt: skip

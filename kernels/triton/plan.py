@@ -9,6 +9,9 @@ from typing import Literal
 
 import torch
 
+from cute_fmha.epilogues.base import resolve
+from cute_fmha.epilogues.cast import IDENTITY
+from cute_fmha.epilogues.nvfp4 import NVFP4
 from cute_fmha.problem import Problem, Target
 from cute_fmha.tiling import ceil_div
 
@@ -84,8 +87,8 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         return f"the Triton kernels need compute capability 8.0 or later; got {target.arch / 10}"
     elif problem.dtype == torch.float32:
         return "the Triton kernels take bfloat16 and float16 (float32 only in the interpreter)"
-    if not problem.epilogue.startswith("identity"):
-        return f"the Triton kernels have no epilogue {problem.epilogue!r} yet"
+    if problem.epilogue != IDENTITY.key and resolve(problem.epilogue).triton is None:
+        return f"epilogue {problem.epilogue!r} has no Triton function"
     if problem.block_mask is not None:
         if problem.num_splits > 1:
             return "a block mask and num_splits > 1 exclude each other"
@@ -126,12 +129,14 @@ def _prefill_plan(problem: Problem, target: Target) -> Plan:
     wide = max(problem.head_dim, problem.head_dim_v)
     large = target.arch in (90, 100, 103)
     branches = problem.skip or problem.block_mask is not None
+    # An op other than a cast works on O while it is in registers: the widest tiles leave no room.
+    fused = problem.epilogue != IDENTITY.key
     if target.device_type == "cpu":
         tile_m, tile_n, warps, stages = 32, 32, 4, 1
     elif wide <= 128:
         # 99 KiB of shared memory is what sm_86, sm_89 and sm_120 have.
         tile_m, tile_n, warps, stages = 128, 64, 8, 3 if large else 2
-    elif wide <= 192 or (wide <= 256 and large and not branches):
+    elif wide <= 192 or (wide <= 256 and large and not (branches or fused)):
         # O has 128 registers of a thread at 256: on sm_100, 64 keys beside it spill.
         tile_m, tile_n, warps, stages = 128, 64 if wide <= 192 or target.arch == 90 else 32, 8, 2
     elif wide <= 256:
@@ -171,12 +176,15 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
         tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
         if tile_m > 16 and _crowded(problem):
             tile_n = 16
+        if problem.epilogue == NVFP4.key and tile_m <= 16:
+            # Its blocks need O in another layout beside the one it is in. What does not spill:
+            tile_n, warps = (32, 8) if large else (16, 4)
     elif large:
         # Three stages of 128 keys fill the shared memory of one SM, and one CTA its bandwidth:
         # 4.4 TB/s, against 3.9 with two CTAs of 64 keys.
         tile_n, warps, stages = 128 if wide <= 128 else 64, 8 if tile_m == 64 else 4, 3
         if tile_m == 64 and _crowded(problem):
-            tile_n = 64
+            tile_n = 64 if wide <= 192 else 32
     else:
         tile_n, stages, occupancy = 64 if wide <= 128 else 32, 2, 2
         warps = 8 if tile_m == 64 else 4
@@ -214,6 +222,8 @@ def hopper_mla_reason(problem: Problem, target: Target) -> str | None:
         return "it is an MLA decode kernel for compute capability 9.0"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16; got {problem.dtype}"
+    if problem.epilogue != IDENTITY.key:
+        return f"it has no epilogue {problem.epilogue!r}"
     return None
 
 

@@ -37,13 +37,14 @@ from cute_fmha.kernels.triton.primitives import (
 def prefill_kernel(
     q, k, v, out, lse,
     q_strides, k_strides, v_strides, out_strides, lse_strides,
-    sequences, paging, mask, mask_blocks, window, scores, skip, stats, sizes,
+    sequences, paging, mask, mask_blocks, window, scores, skip, stats, sizes, epilogue,
     TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, SKIP: tl.constexpr,
-    SKIP_RELATIVE: tl.constexpr,
+    SKIP_RELATIVE: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
     """See the module docstring. Tuples: sequences (cu_q, cu_k, seqused), paging (table, table
     stride, page size), mask_blocks (strides, block_m, block_n), window (left, right), scores
-    (scale, softcap, sink), skip (tensor, value), sizes (Sq, Sk, heads q, group)."""
+    (scale, softcap, sink), skip (tensor, value), sizes (Sq, Sk, heads q, group), epilogue as in
+    epilogue.py."""
     TILE_M: tl.constexpr = TILES[0]
     PACKED: tl.constexpr = sequences[0] is not None
     PACKED_KEYS: tl.constexpr = sequences[1] is not None
@@ -88,8 +89,8 @@ def prefill_kernel(
         acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(scores[2] + head))
     result, row_lse = normalise(acc, row_max, row_sum)
     store_rows(
-        result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides, PACKED,
-        DIMS[4],
+        result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides, epilogue,
+        PACKED, DIMS[4], EPILOGUE,
     )  # fmt: skip
     if stats is not None:
         count_tiles(stats, skipped, total)

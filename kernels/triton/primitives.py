@@ -296,13 +296,21 @@ def normalise(acc, row_max, row_sum):
 
 @triton.jit
 def store_rows(
-    result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides,
-    PACKED: tl.constexpr, DV: tl.constexpr,
+    result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides, epilogue,
+    PACKED: tl.constexpr, DV: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
-    """Output and LSE of ``rows`` (as in `query_rows`) where ``live``."""
+    """Output and LSE of ``rows`` (as in `query_rows`) where ``live``; EPILOGUE (None: only a cast)
+    and its arguments as epilogue.py makes them."""
+    WIDTH: tl.constexpr = result.shape[1]
+    if EPILOGUE is not None:
+        token = rows
+        if not PACKED:
+            token += batch.to(tl.int64) * epilogue[2]
+        heads = head + tl.zeros_like(live).to(tl.int32)
+        result = EPILOGUE(result, token, heads, live, epilogue[0], epilogue[1], DV)
     columns = tl.arange(0, result.shape[1])
     out_rows = query_rows(out, out_strides, batch, rows, head, PACKED)
-    mask = live[:, None] & (columns < DV)[None, :]
+    mask = live[:, None] & (columns < DV * result.shape[1] // WIDTH)[None, :]
     tl.store(out_rows[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=mask)
     if lse is not None:
         lse_rows = lse + head.to(tl.int64) * lse_strides[1]

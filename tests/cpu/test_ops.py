@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
+from fragments import same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cute_fmha
 from cute_fmha import SkipSoftmax, SkipStats, ops, skip_softmax
-from cute_fmha.epilogues import Identity
+from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Identity, Scale
+from cute_fmha.epilogues.base import Extra
 from cute_fmha.testing import (
     AttentionCase,
     Case,
@@ -64,11 +67,52 @@ def test_opcheck(make, counting, monkeypatch):
     torch.library.opcheck(op, arguments)
 
 
+EPILOGUES: dict[str, Callable[[], EpilogueOp]] = {
+    "scale": lambda: Scale(0.5),
+    "fp8": lambda: FP8(torch.tensor([0.01])),
+    "nvfp4": lambda: NVFP4(torch.tensor([9.0])),
+}
+epilogues = pytest.mark.parametrize("epilogue", EPILOGUES.values(), ids=EPILOGUES)
+
+
+class Peaks(EpilogueOp):
+    """Two outputs, and two parameters of different kinds."""
+
+    key = "test:peaks"
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (torch.tensor(3.0),)
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return (2.0,)
+
+    def extra(self, tokens: int, heads: int, head_dim_v: int) -> Extra:
+        return Extra((tokens, heads), torch.float32, False)
+
+    @staticmethod
+    def reference(x, parameters, out_dtype):
+        tensor, value = parameters
+        return (x * tensor).to(out_dtype), x.abs().amax(-1).flatten(0, -2) * value
+
+
+@pytest.mark.parametrize("epilogue", [*EPILOGUES.values(), Peaks], ids=[*EPILOGUES, "two outputs"])
+@pytest.mark.parametrize("make", [CASES["packed"], CASES["mla"]], ids=["packed", "mla"])
+def test_opcheck_with_an_epilogue(make, epilogue, monkeypatch):
+    """PyTorch 2.13 cannot compare FP8 tensors, which some of its checks do."""
+    op, arguments = recorded_arguments(make(), monkeypatch, epilogue=epilogue())
+    checks = ["test_autograd_registration", "test_faketensor"]
+    if not any(getattr(a, "dtype", None) == torch.float8_e4m3fn for a in arguments):
+        checks += ["test_schema", "test_aot_dispatch_dynamic"]
+    torch.library.opcheck(op, arguments, test_utils=checks)
+
+
 @pytest.mark.parametrize("name", ["attention", "mla_decode"])
 def test_schema_declares_every_written_argument(name):
     schema = getattr(torch.ops.cute_fmha, name).default._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == ["out", "lse", "workspace", "stats"]
+    assert written == ["out", "lse", "workspace", "stats", "extra"]
     assert list(schema.returns) == []
 
 
@@ -195,11 +239,53 @@ def test_dynamic_mla_batch_compiles_once():
     assert counts[-1] == counts[0] > 0
 
 
-def test_compiles_with_an_epilogue():
+def test_compiles_with_a_cast():
     case = dense_case(1, 3, 5, GQA)
     out, lse = compiled(lambda: case.run(epilogue=Identity(torch.float32), backend="reference"))()
     assert out.dtype == torch.float32
     check(case, out, lse)
+
+
+@epilogues
+@pytest.mark.parametrize("inside", [False, True], ids=["op outside", "op inside"])
+@pytest.mark.parametrize("make", [CASES["dense"], CASES["mla"]], ids=["dense", "mla"])
+def test_compiles_with_an_epilogue(make: Any, epilogue: Any, inside: bool) -> None:
+    """One graph, whether the op is made in it or before; its tensors are inputs, not constants."""
+    case, op = make(), epilogue()
+    parameter = (*op.tensors, *op.values)[0]
+
+    def step(parameter: Any) -> Any:
+        used = type(op)(parameter) if inside else op
+        out, lse = case.run(epilogue=used, backend="reference")
+        first = out.packed if isinstance(op, NVFP4) else out
+        return out, lse, first.view(torch.uint8)
+
+    graphs = CompileCounterWithBackend("aot_eager")
+    function = compiled(step, graphs)
+    for _ in range(2):
+        (out, lse, _), (expected, expected_lse, _) = function(parameter), step(parameter)
+        assert type(out) is type(expected)
+        assert same_bits(out, expected)
+        assert torch.equal(lse, expected_lse)
+        if isinstance(parameter, torch.Tensor):
+            parameter.mul_(3)
+    assert graphs.frame_count == 1
+
+
+def test_dynamic_batch_with_a_second_output_compiles_once():
+    graphs = CompileCounterWithBackend("aot_eager")
+    step = compiled(
+        lambda q, k, v: cute_fmha.attention(q, k, v, epilogue=NVFP4(9.0), backend="reference"),
+        graphs, dynamic=True,
+    )  # fmt: skip
+    counts = []
+    for batch, length in ((5, 11), (3, 7), (6, 90)):
+        case = dense_case(batch, length, length + 2, GQA)
+        packed, scales = step(case.q, case.k, case.v)
+        expected, _ = case.run(epilogue=NVFP4(9.0), backend="reference")
+        assert same_bits((packed, scales), expected)
+        counts.append(graphs.frame_count)
+    assert counts[-1] == counts[0] > 0
 
 
 def test_inductor_compiles():

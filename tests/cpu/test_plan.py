@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cute_fmha.dispatch import select
+from cute_fmha.epilogues import EpilogueOp
 from cute_fmha.kernels.triton import hopper_prefill
 from cute_fmha.kernels.triton import plan as planning
 from cute_fmha.kernels.triton.plan import (
@@ -244,11 +245,15 @@ def test_head_dim_parts(dim, parts):
     assert sum(parts) == dim
 
 
+class NoTriton(EpilogueOp):
+    key = "test:no-triton"
+
+
 REFUSALS = [
     (DENSE, Target("mps", 0, 1), "need a CUDA device; got mps"),
     (DENSE, Target("cuda", 75, 40), r"compute capability 8.0 or later; got 7.5"),
     (replace(DENSE, dtype=torch.float32), H200, "float32 only in the interpreter"),
-    (replace(DENSE, epilogue="nvfp4"), H200, "no epilogue 'nvfp4' yet"),
+    (replace(DENSE, epilogue="test:no-triton"), H200, "'test:no-triton' has no Triton function"),
     (replace(DENSE, block_mask=(64, 64), num_splits=2), H200, "exclude each other"),
     (replace(DENSE, block_mask=(72, 64)), H200, "block_m must be a multiple of 16; got 72"),
     (replace(DENSE, block_mask=(64, 8)), H200, "block_n must be a multiple of 16; got 8"),
@@ -305,6 +310,7 @@ def test_decode_packs_heads_where_queries_are_few():
         (MLA, B200, "compute capability 9.0"),
         (DECODE, H200, "an MLA decode kernel"),
         (replace(MLA, dtype=torch.float32), H200, "takes bfloat16 and float16; got torch.float32"),
+        (replace(MLA, epilogue="fp8"), H200, "no epilogue 'fp8'"),
     ],
 )
 def test_hopper_mla_is_chosen_or_declined(problem, target, reason):
@@ -335,6 +341,7 @@ PREFILL_CHOICES = [
     (replace(DENSE, layout="paged", page_size=64), H200, "takes dense or packed attention"),
     (replace(DENSE, head_dim=512, head_dim_v=512), H200, "head dims"),
     (replace(DENSE, block_mask=(128, 128)), H200, "no block mask"),
+    (replace(DENSE, epilogue="nvfp4", out_dtype=torch.uint8), H200, "no epilogue 'nvfp4'"),
     (DENSE, A100, "it needs sm_90"),
     (DENSE, B200, "it needs sm_90"),
     (DENSE, CPU, "it needs sm_90"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,7 @@ def load(name: str, m: Map, at: tuple[int, ...], shift: int = 0) -> Case:
 
 
 def store(name: str, m: Map, at: tuple[int, ...], shift: int = 0, verb: str = "") -> Case:
+    """A store; Hopper refuses negative coordinates there (see `failing`)."""
     rank = len(m.shape)
     if ITEM_BYTES[m.dtype] and m.dtype.startswith(("float", "bfloat")) and verb:
         shared = floats(name + " box", m.dtype, ROOM // ITEM_BYTES[m.dtype]).view(np.uint8)
@@ -128,6 +130,13 @@ def store(name: str, m: Map, at: tuple[int, ...], shift: int = 0, verb: str = ""
     text = store_kernel(rank, verb)
     arguments = (Buffer(shared), m, words(at, shift, 0))
     return Case(name, f"tensor_{verb or 'store'}_{rank}d", text, arguments)
+
+
+def copy(stores: bool) -> Callable[..., Case]:
+    def inside(name: str, m: Map, at: tuple[int, ...], shift: int = 0) -> Case:
+        return store(name, m, tuple(max(x, 0) for x in at), shift)
+
+    return inside if stores else load
 
 
 def numbers(rng: np.random.Generator, count: int, exponents: int) -> np.ndarray:
@@ -199,7 +208,7 @@ def _boxes() -> list[Case]:
                     m = Map(tensor(name, shape, dtype, stores), dtype, shape, box, swizzle=swizzle)
                     room = (ROOM - extent(m)) // 128 + 1
                     shift = 128 * int(rng.integers(0, room))
-                    cases.append((store if stores else load)(name, m, at, shift))
+                    cases.append(copy(stores)(name, m, at, shift))
     return cases
 
 
@@ -217,7 +226,7 @@ def _sides() -> list[Case]:
             name = f"tensor_{'store' if stores else 'load'}_{side}"
             shape = (20, 48)
             m = Map(tensor(name, shape, "uint16", stores), "uint16", shape, (8, 32), swizzle=64)
-            cases.append((store if stores else load)(name, m, at, 512))
+            cases.append(copy(stores)(name, m, at, 512))
     for dtype in ("float16", "bfloat16", "float32", "float64"):
         name = f"tensor_load_nan_{dtype}"
         shape = (8, 16)
@@ -240,7 +249,7 @@ def _strides() -> list[Case]:
             shape = (9, 17, 32)
             data = tensor(name, shape, "uint32", stores)
             m = Map(data, "uint32", shape, (4, 9, 16), swizzle=64, steps=step)
-            cases.append((store if stores else load)(name, m, (8, -3, 4), 256))
+            cases.append(copy(stores)(name, m, (8, -3, 4), 256))
             if step[-1] == 1 and not stores:
                 cases.append(load(f"{name}_inside", m, (4, 2, 3)))
     shape = (4, 32, 64)
@@ -251,7 +260,7 @@ def _strides() -> list[Case]:
             "shape": (4, 16, 32), "box": (2, 8, 16), "strides": (4096, 256, 2), "offset": 32,
         }  # fmt: skip
         m = Map(data, "uint16", **view)
-        cases.append((store if stores else load)(name, m, (24, 1, 2)))
+        cases.append(copy(stores)(name, m, (24, 1, 2)))
     name = "tensor_load_permuted"
     m = Map(
         tensor(name, shape, "uint16"), "uint16", (32, 4, 64), (5, 3, 32), strides=(128, 4096, 2),
@@ -291,6 +300,9 @@ def _reductions() -> list[Case]:
             data = data % 7
         m = Map(Buffer(data, output=True), dtype, shape, box, swizzle=32)
         cases.append(store(name, m, (16 // size, 6), 0, verb))
+    name, shape = "tensor_add_negative", (12, 16)
+    m = Map(tensor(name, shape, "uint32", True), "uint32", shape, (8, 8))
+    cases.append(store(name, m, (-4, -2), 0, "add"))
     return cases
 
 
@@ -355,13 +367,15 @@ UNALIGNED = [
     ("store", "float32", 64, (-2, 1)), ("add", "uint32", 0, (1, 0)),
     ("add", "float16", 128, (7, 3)),
 ]  # fmt: skip
+NEGATIVE = [("store", "uint16", 64, (-8, 3)), ("store", "uint32", 0, (0, -1))]
 
 
 def failing() -> list[Case]:
     """Kernels that end in an error."""
     found = []
-    for kind, dtype, swizzle, at in UNALIGNED:
-        name = f"unaligned_{kind}_{dtype}_{swizzle}"
+    for kind, dtype, swizzle, at in (*UNALIGNED, *NEGATIVE):
+        place = "negative" if (kind, dtype, swizzle, at) in NEGATIVE else "unaligned"
+        name = f"{place}_{kind}_{dtype}_{swizzle}"
         size, shape = ITEM_BYTES[dtype], (16, 256 // ITEM_BYTES[dtype])
         data = tensor(name, shape, dtype, kind != "load")
         m = Map(data, dtype, shape, (4, (swizzle or 64) // size), swizzle=swizzle)

@@ -76,9 +76,10 @@ static void compute(int operation, uint64_t flags, int n, const float *a, const 
 static inline uint32_t rounded(float value, uint64_t flags) {
     if (flags & SAT) value = saturate32(value);
     if ((flags & RELU) && !(value > 0.0f) && value == value) value = 0.0f;
-    /* What is subnormal before it is rounded is flushed, as on an H200: also the largest ones, which would
-     * round to a normal number. */
-    if ((flags & FTZ) && fabsf(value) < (flags & BFLOAT ? 0x1p-126f : 0x1p-14f)) value = copysignf(0.0f, value);
+    /* What would be below the normal numbers with an exponent without bounds is flushed, as on an H200: also
+     * some of what rounds to the smallest normal number. */
+    float limit = flags & BFLOAT ? 0x1p-126f * (1 - 0x1p-9f) : 0x1p-14f * (1 - 0x1p-12f);
+    if ((flags & FTZ) && fabsf(value) < limit) value = copysignf(0.0f, value);
     return flags & BFLOAT ? narrow_bf16(as_bits(value)) : narrow_f16(as_bits(value));
 }
 

@@ -107,7 +107,7 @@ static bool kept_nan(const Conversion *c, uint64_t bits, uint64_t *nan) {
         return true;
     }
     if (c->to != &format_tf32 || c->rounding != ROUND_AWAY) return false;
-    *nan = (bits & (c->finite ? 0xffffc000u : 0xffffe000u)) | 1u << 22;
+    *nan = (bits & 0xffffe000u) - (c->finite ? 0x2000 : 0); /* saturating takes one step towards zero */
     return true;
 }
 

@@ -68,8 +68,8 @@ static void record_inside(AsyncOp *op, const Box *box, Cta *cta, uint32_t offset
 static void fill_outside(const TensorMap *map, uint8_t *row, uint32_t bytes) {
     memset(row, 0, bytes);
     if (!map->nan) return;
-    uint64_t nan = map->element == 2 ? 0x7fff : map->element == 4 ? 0x7fffffff : 0x7fffffffffffffff;
-    for (uint32_t i = 0; i < bytes; i += map->element) memcpy(row + i, &nan, map->element);
+    const uint16_t nan = 0x7ff7; /* on an H200, for elements of every size */
+    for (uint32_t i = 0; i < bytes; i += sizeof nan) memcpy(row + i, &nan, sizeof nan);
 }
 
 static void load_row(const Tma *t, uint32_t row, const uint8_t *from) {
@@ -209,6 +209,16 @@ static bool place_barriers(Warp *w, const Instr *in, const TmaKind *kind, Cta *b
     return true;
 }
 
+/* Hopper raises an illegal instruction at a negative coordinate of a store; ends may lie outside. */
+static bool store_begins_inside(Warp *w, const Instr *in, const Box *box) {
+    for (int i = 0; i < MAP_RANK; i++)
+        if (box->at[i] < 0) {
+            fail(w, in, FINDING_DESCRIPTOR, "a store to coordinate %d of dimension %d", (int)box->at[i], i);
+            return false;
+        }
+    return true;
+}
+
 static bool issue_load(Warp *w, const Instr *in, const TmaKind *kind, uint32_t lane, Tma *t) {
     if (!read_box_operands(w, in, kind, 1, lane, &t->box)) return false;
     t->n = 1;
@@ -274,7 +284,7 @@ static Status exec_store(Warp *w, const Instr *in, uint32_t mask) {
         uint32_t lanes = kind->r.op ? 1u << l : same_operands(w, in, left, (int)l);
         left &= ~lanes;
         Tma t = {0};
-        if (!read_box_operands(w, in, kind, 0, l, &t.box)) return FATAL;
+        if (!read_box_operands(w, in, kind, 0, l, &t.box) || !store_begins_inside(w, in, &t.box)) return FATAL;
         if (!reduction_fits(w, in, kind, &t.box.map)) return FATAL;
         Cta *from = box_in_shared(w, in, &t.box, lane_address(w, in, &in->args[1], (int)l), &t.offset);
         if (!from) return FATAL;

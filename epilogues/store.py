@@ -1,0 +1,115 @@
+"""The one way out: TMEM → registers → epilogue op → shared memory → global memory by TMA.
+
+The output tile of ``rows`` rows leaves in chunks of 128 (or 64) bytes a row, through a ring of
+chunk buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them.
+Nothing comes back, and nothing here knows which kernel it serves.
+
+    warpgroup   ld O(c) · scale · op · cast ──> chunk_full[b] ──> TMA store    one warp
+                                            <── chunk_empty[b] ──  (once read)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import cpasync
+
+from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
+from cute_fmha.kernels.blackwell.softmax import packed, scaled
+
+
+class Store:
+    """Moves ``chunks`` chunks of ``chunk`` columns of one output tile."""
+
+    def __init__(self, rows: int, chunk: int, chunks: int, dtype: Any) -> None:
+        self.rows = rows
+        self.chunk = chunk
+        self.chunks = chunks
+        self.dtype = dtype
+
+    @cute.jit
+    def produce(
+        self,
+        tO: Int32,
+        sO: cute.Tensor,  # (ROWS, CHUNK, STAGE)
+        thread: Int32,
+        scale: Float32,
+        zero: cutlass.Boolean,
+        barriers: Barriers,
+        cursor: Cursor,
+    ) -> Cursor:
+        """Make every chunk of a tile; rows are multiplied by ``scale``, or all 0 with ``zero``.
+
+        Reads: O at TMEM address ``tO`` (unless ``zero``). Writes: the chunk buffers.
+        Waits: chunk_empty. Signals: chunk_full.
+        """
+        if zero:
+            for _c in cutlass.range_constexpr(self.chunks):
+                cursor = self.hand_over(
+                    lambda first, count: [Float32(0.0)] * count, sO, thread, barriers, cursor
+                )
+        else:
+            for c in cutlass.range_constexpr(self.chunks):
+                cursor = self.hand_over(
+                    lambda first, count, c=c: scaled(
+                        ptx.tcgen05_wait_load(
+                            ptx.tcgen05_load(tO + c * self.chunk + first, count)
+                        ),
+                        scale,
+                    ),
+                    sO, thread, barriers, cursor,
+                )  # fmt: skip
+        return cursor
+
+    def hand_over(
+        self, values: Callable[[int, int], list[Float32]], sO: cute.Tensor, thread: Int32,
+        barriers: Barriers, cursor: Cursor,
+    ) -> Cursor:  # fmt: skip
+        """Write one chunk of the thread's row, its 16-byte pieces swizzled by row.
+
+        ``values(first, count)`` gives columns of the chunk; they are taken 32 at a time, so that
+        the warpgroup gets along with few registers.
+        """
+        barriers.wait("chunk_empty", cursor.empty_phase, cursor.index)
+        row_bytes = self.chunk * self.dtype.width // 8
+        row = sO.iterator.toint() + (cursor.index * self.rows + thread) * row_bytes
+        # The 128-byte swizzle: the piece's number by bits 7–9 of the address; 64 bytes: by 7–8.
+        swizzle = thread * row_bytes // 128 % (row_bytes // 16) * 16
+        width = min(32, self.chunk)
+        for first in range(0, self.chunk, width):
+            part = values(first, width)
+            words = part if self.dtype is Float32 else packed(part, self.dtype)
+            start = first * row_bytes // self.chunk
+            for piece in range(len(words) // 4):
+                address = row + (Int32(start + piece * 16) ^ swizzle)
+                ptx.store_shared(address, words[piece * 4 : piece * 4 + 4])
+        cute.arch.fence_proxy("async.shared", space="cta")
+        barriers.arrive("chunk_full", cursor.index)
+        return cursor.next()
+
+    @cute.jit
+    def consume(
+        self,
+        tma: cute.CopyAtom,
+        gO: cute.Tensor,  # (ROWS, CHUNK, CHUNKS)
+        sO: cute.Tensor,  # (ROWS, CHUNK, STAGE)
+        barriers: Barriers,
+        cursor: Cursor,
+    ) -> Cursor:
+        """Store every chunk of a tile. Waits: chunk_full. Signals: chunk_empty."""
+        tOsO, tOgO = cpasync.tma_partition(
+            tma, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2)
+        )
+        for c in cutlass.range_constexpr(self.chunks):
+            barriers.wait("chunk_full", cursor.phase, cursor.index)
+            cute.copy(tma, tOsO[None, cursor.index], tOgO[None, c])
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            barriers.arrive("chunk_empty", cursor.index)
+            cursor = cursor.next()
+        return cursor

@@ -1,0 +1,35 @@
+"""Masks of one score row: which columns of a KV tile a query row may attend to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32
+
+
+def mask_row(
+    scores: list[Float32],
+    row: Int32,
+    first_key: Int32,
+    lengths: tuple[Int32, Int32],
+    window: tuple[Any, Any],
+) -> list[Float32]:
+    """The ``scores`` of query ``row`` over keys ``first_key…``, −inf where it may not attend.
+
+    ``lengths`` are those of the sequence in queries and keys. A side of ``window`` is a run-time
+    value, or the Python integer −1 where the kernel has none. Scores are selected, never computed
+    with: what the MMA made of keys past the sequence may be NaN.
+    """
+    seqlen_q, seqlen_k = lengths
+    left, right = window
+    diagonal = row + seqlen_k - seqlen_q - first_key
+    end = seqlen_k - first_key
+    if not isinstance(right, int):
+        end = cutlass.min(end, diagonal + right + 1)
+    masked = Float32(-Float32.inf)
+    scores = [cutlass.select_(end > j, score, masked) for j, score in enumerate(scores)]
+    if not isinstance(left, int):
+        begin = diagonal - left
+        scores = [cutlass.select_(begin <= j, score, masked) for j, score in enumerate(scores)]
+    return scores

@@ -1,0 +1,71 @@
+"""tcgen05.mma over all K steps of a tile, from descriptors that are made in place.
+
+CuTe's `gemm` computes the descriptor of every step as a value of its own. All of them follow from
+the kernel's parameters alone, so that the compiler moves them to the entry of the kernel and spills
+them. Here a tile is one descriptor, and its steps are constants inside the instruction sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+from cutlass.cute.nvgpu import tcgen05
+
+from cute_fmha.kernels.blackwell import ptx
+
+
+def instruction_descriptor(dtype: Any, m: int, n: int, b_is_mn_major: bool) -> int:
+    """The 32-bit descriptor of a dense f16/bf16 MMA: FP32 accumulator, A K-major."""
+    kind = {cutlass.Float16: 0, cutlass.BFloat16: 1}[dtype]
+    return 1 << 4 | kind << 7 | kind << 10 | b_is_mn_major << 16 | n >> 3 << 17 | m >> 4 << 24
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A ring of tiles in shared memory: the words of the descriptor of the first, ``stage`` from
+    one tile to the next and ``steps`` of the K steps inside a tile, in units of 16 bytes.
+
+    Only the low word of a descriptor, which has the address, ever changes.
+    """
+
+    low: Int32
+    high: Int32
+    stage: int
+    steps: tuple[int, ...]
+
+    @staticmethod
+    def of(fragment: cute.Tensor) -> Operand:
+        """From an MMA fragment (MMA, MMA_MN, MMA_K, STAGE)."""
+        layout = fragment.layout
+        first = tcgen05.smem_descriptor_to_int(fragment.iterator)
+        return Operand(
+            Int32(first & 0xFFFFFFFF),
+            Int32(first >> 32),
+            cute.crd2idx((0, 0, 0, 1), layout) if cute.size(layout, mode=[3]) > 1 else 0,
+            tuple(cute.crd2idx((0, 0, k, 0), layout) for k in range(cute.size(layout, mode=[2]))),
+        )
+
+    def tile(self, index: Any) -> Int32:
+        """Low word of the descriptor of tile ``index``."""
+        return self.low + index * self.stage
+
+
+def multiply_shared(
+    accumulator: Int32, a: Operand, a_tile: Int32, b: Operand, b_tile: Int32, descriptor: int
+) -> None:
+    """accumulator = A Bᵀ, both in shared memory."""
+    steps = tuple(zip(a.steps, b.steps, strict=True))
+    ptx.tcgen05_mma_shared(accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps)
+
+
+def multiply_tmem(
+    accumulator: Int32, a: Int32, b: Operand, b_tile: Int32, descriptor: int,
+    steps: range, accumulate: Boolean,
+) -> None:  # fmt: skip
+    """accumulator (+)= A B over ``steps``; A is in TMEM, 16 values of a step in 8 columns."""
+    pairs = tuple((8 * k, b.steps[k]) for k in steps)
+    ptx.tcgen05_mma_tmem(accumulator, a, (b_tile, b.high), descriptor, pairs, Int32(accumulate))

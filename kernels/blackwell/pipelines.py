@@ -1,0 +1,255 @@
+"""Barriers: declared once with who signals them, checked on the host, used by name in the kernel.
+
+A barrier is named by the state it announces. Its arrive count is not written down anywhere: it
+follows from the roles that signal it and from how they do it.
+
+    how          who arrives
+    "warp"       one lane of every warp of the role, after the warp has synchronised
+    "leader"     one lane of one warp of the role
+    "commit"     the tensor core, when all MMAs issued before have completed
+    "bytes"      one lane of the role; the phase also waits for the announced bytes of TMA loads
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32
+from cutlass.cute.nvgpu import tcgen05
+from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
+
+from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.plan import Plan, Role
+
+How = Literal["warp", "leader", "commit", "bytes"]
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """``count`` mbarriers that announce the state ``name``, each signalled as ``signals`` says:
+    (role, how) pairs."""
+
+    name: str
+    count: int
+    signals: tuple[tuple[str, How], ...]
+
+
+@dataclass(frozen=True)
+class Topology:
+    """All barriers of a kernel."""
+
+    roles: tuple[Role, ...]
+    barriers: tuple[Barrier, ...]
+
+    def __post_init__(self) -> None:
+        names = [barrier.name for barrier in self.barriers]
+        if len(set(names)) != len(names):
+            raise ValueError(f"a barrier is declared twice: {names}")
+        roles = {role.name: role for role in self.roles}
+        warps = [warp for role in self.roles for warp in role.warps]
+        if sorted(warps) != list(range(len(warps))):
+            raise ValueError(f"every warp has one role; got {self.roles}")
+        for barrier in self.barriers:
+            for role, how in barrier.signals:
+                if role not in roles:
+                    raise ValueError(f"barrier {barrier.name}: no role {role}")
+                if how in ("commit", "bytes") and len(roles[role].warps) != 1:
+                    raise ValueError(
+                        f"barrier {barrier.name}: {role} has {len(roles[role].warps)} warps, "
+                        f"{how!r} is for one"
+                    )
+                if barrier.count % roles[role].groups:
+                    raise ValueError(
+                        f"barrier {barrier.name}: {barrier.count} of them, but {role} has "
+                        f"{roles[role].groups} groups"
+                    )
+
+    def arrivals(self, name: str) -> int:
+        """Arrivals that complete a phase of ``name``."""
+        roles = {role.name: role for role in self.roles}
+        return sum(
+            roles[role].group_warps if how == "warp" else 1
+            for role, how in self.barrier(name).signals
+        )
+
+    def barrier(self, name: str) -> Barrier:
+        return next(barrier for barrier in self.barriers if barrier.name == name)
+
+    def offset(self, name: str) -> int:
+        """Index of the first mbarrier of ``name``."""
+        total = 0
+        for barrier in self.barriers:
+            if barrier.name == name:
+                return total
+            total += barrier.count
+        raise KeyError(name)
+
+    @property
+    def size(self) -> int:
+        return sum(barrier.count for barrier in self.barriers)
+
+
+def prefill_topology(plan: Plan) -> Topology:
+    """The barriers of `cute_fmha.kernels.blackwell.prefill`.
+
+        load ── q_full, k_full, v_full ──> mma ── s_full ──> softmax ── scale_full ──> correction
+             <─ q_empty, k_empty, v_empty ─    <─ p_ready ──         <─ scale_empty ──
+                                               <─ p_ready ───────────────────────────
+                                               ── o_full ───────────────────────────>
+        correction ── chunk_full ──> epilogue,   correction <── chunk_empty ── epilogue
+
+    Each barrier between mma, softmax and correction exists once per Q tile.
+    """
+    q_tiles = plan.q_tiles
+    decided = []
+    if plan.features.skip:
+        # Two per Q tile: a decision is read by load and mma before the second next one is made.
+        decided = [Barrier("decided", 2 * q_tiles, (("softmax", "leader"),))]
+    return Topology(
+        plan.roles,
+        (
+            Barrier("q_full", q_tiles, (("load", "bytes"),)),
+            Barrier("q_empty", q_tiles, (("mma", "commit"),)),
+            Barrier("k_full", plan.k_stages, (("load", "bytes"),)),
+            Barrier("k_empty", plan.k_stages, (("mma", "commit"),)),
+            Barrier("v_full", plan.v_stages, (("load", "bytes"),)),
+            Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
+            Barrier("s_full", q_tiles, (("mma", "commit"),)),
+            # The first three quarters of P are stored, and O may be accumulated into.
+            Barrier("p_ready", q_tiles, (("softmax", "warp"), ("correction", "warp"))),
+            Barrier("p_last", q_tiles, (("softmax", "warp"),)),
+            Barrier("scale_full", q_tiles, (("softmax", "warp"),)),
+            Barrier("scale_empty", q_tiles, (("correction", "warp"),)),
+            Barrier("o_full", q_tiles, (("mma", "commit"),)),
+            *decided,
+            Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),
+            Barrier("chunk_empty", plan.o_stages, (("epilogue", "warp"),)),
+        ),
+    )
+
+
+class Barriers:
+    """The mbarriers in shared memory, as one role sees them."""
+
+    def __init__(self, topology: Topology, base: Any, role: str | None = None) -> None:
+        self.topology = topology
+        self.base = base
+        self.role = role
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        return extract_mlir_values(self.base)
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Barriers:
+        return Barriers(self.topology, new_from_mlir_values(self.base, values), self.role)
+
+    def of(self, role: str) -> Barriers:
+        return Barriers(self.topology, self.base, role)
+
+    def at(self, name: str, index: Any = 0) -> Any:
+        """Pointer to the ``index``-th mbarrier of ``name``."""
+        return self.base + self.topology.offset(name) + index
+
+    def initialise(self) -> None:
+        """Set every arrive count. One thread; `cute.arch.mbarrier_init_fence` comes after."""
+        for barrier in self.topology.barriers:
+            for index in range(barrier.count):
+                cute.arch.mbarrier_init(
+                    self.at(barrier.name, index), self.topology.arrivals(barrier.name)
+                )
+
+    def wait(self, name: str, phase: Any, index: Any = 0) -> None:
+        """Wait until the phase of that parity is complete."""
+        cute.arch.mbarrier_wait(self.at(name, index), phase)
+
+    def _check(self, name: str, how: How) -> None:
+        if (self.role, how) not in self.topology.barrier(name).signals:
+            raise ValueError(
+                f"{self.role} signals {name} by {how!r}, declared are "
+                f"{self.topology.barrier(name).signals}"
+            )
+
+    def arrive(self, name: str, index: Any = 0) -> None:
+        """Arrive for this warp, after all its lanes have got here."""
+        self._check(name, "warp")
+        cute.arch.sync_warp()
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.at(name, index))
+
+    def arrive_leader(self, name: str, index: Any = 0) -> None:
+        """Arrive for the whole group. One warp calls it."""
+        self._check(name, "leader")
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(self.at(name, index))
+
+    def arrive_tmem(self, name: str, index: Any = 0) -> None:
+        """`arrive`, ordered after this warp's completed TMEM loads and stores."""
+        ptx.tcgen05_fence_before()
+        self.arrive(name, index)
+
+    def wait_tmem(self, name: str, phase: Any, index: Any = 0) -> None:
+        """`wait`, with later TMEM accesses and MMAs ordered after it."""
+        self.wait(name, phase, index)
+        ptx.tcgen05_fence_after()
+
+    def commit(self, name: str, index: Any = 0) -> None:
+        """Have the tensor core arrive when all MMAs issued so far are complete."""
+        self._check(name, "commit")
+        with cute.arch.elect_one():
+            tcgen05.commit(self.at(name, index))
+
+    def expect(self, name: str, size: int, index: Any = 0) -> Any:
+        """Arrive and announce ``size`` bytes; returns the mbarrier for the copies."""
+        self._check(name, "bytes")
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive_and_expect_tx(self.at(name, index), size)
+        return self.at(name, index)
+
+
+def _number(value: Any) -> Any:
+    """``value``, possibly a bare IR value, as the CuTe number of its type."""
+    if isinstance(value, Int32 | Float32):
+        return value
+    return Float32(value) if str(value.type) == "f32" else Int32(value)
+
+
+class Carried:
+    """A dataclass of run-time numbers that loops and branches of a kernel carry along."""
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        return [_number(getattr(self, f.name)).ir_value() for f in fields(self)]  # type: ignore
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Any:
+        return type(self)(*map(_number, values))
+
+
+class Cursor:
+    """A place in a ring of ``stages`` buffers: ``index``, and the parity of its next full phase."""
+
+    def __init__(self, stages: int, index: Any = None, phase: Any = None) -> None:
+        self.stages = stages
+        self.index = Int32(0) if index is None else index
+        self.phase = Int32(0) if phase is None else phase
+
+    @property
+    def empty_phase(self) -> Any:
+        """Parity a producer waits for: the first pass finds every buffer empty."""
+        return self.phase ^ 1
+
+    def next(self) -> Cursor:
+        if self.stages == 1:
+            return Cursor(1, self.index, self.phase ^ 1)
+        following = self.index + 1
+        wraps = following == self.stages
+        if self.stages & (self.stages - 1) == 0:
+            index = following & (self.stages - 1)
+        else:
+            index = following - self.stages * Int32(wraps)
+        return Cursor(self.stages, index, self.phase ^ Int32(wraps))
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        return [self.index.ir_value(), self.phase.ir_value()]
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Cursor:
+        return Cursor(self.stages, Int32(values[0]), Int32(values[1]))

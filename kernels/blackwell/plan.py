@@ -1,0 +1,200 @@
+"""The plan of a Blackwell prefill launch: frozen, resolved in full before tracing."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+
+from cute_fmha.kernels.blackwell.tmem import TmemMap, attention_map
+from cute_fmha.problem import Problem, Target
+
+SHARED_BYTES = 227 << 10
+"""Dynamic shared memory that one CTA may have."""
+
+REGISTERS = 64 << 10
+"""32-bit registers of an SM; a CTA of this kernel takes them all."""
+
+OTHER_BYTES = 1024
+"""Shared memory kept for barriers, decisions and alignment."""
+
+HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
+"""(D, Dv) that the prefill kernel has plans for."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Warps with one task, and the registers each of their threads has.
+
+    The unit of ``setmaxnreg`` is a warpgroup: roles that share one have the same count. With
+    ``groups`` the warps form equal groups, one per Q tile; a group signals its own barriers only.
+    """
+
+    name: str
+    warps: tuple[int, ...]
+    registers: int
+    groups: int = 1
+
+    @property
+    def group_warps(self) -> int:
+        return len(self.warps) // self.groups
+
+
+@dataclass(frozen=True)
+class Features:
+    """What is compiled in. Presence is compile time; bounds and thresholds are run time."""
+
+    window_left: bool = False
+    window_right: bool = False
+    lse: bool = True
+    sink: bool = False
+    softcap: bool = False
+    skip: bool = False
+    skip_tensor: bool = False
+    skip_relative: bool = False
+    count: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Tiles, stages, warps, registers and memory of one kernel.
+
+    A work tile is ``q_tiles`` × ``tile_m`` rows of one query head: each Q tile has its own softmax
+    warpgroup and its own range of KV tiles, the fetched K and V serve all of them.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    features: Features
+    tile_m: int = 128
+    tile_n: int = 128
+    q_tiles: int = 2
+    k_stages: int = 2
+    v_stages: int = 2
+    o_stages: int = 2
+    rescale_threshold: float = 8.0
+
+    def __post_init__(self) -> None:
+        self.tmem  # noqa: B018  (its construction checks the map)
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(
+                f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
+            )
+        registers = sum(32 * len(role.warps) * role.registers for role in self.roles)
+        if registers > REGISTERS:
+            raise ValueError(f"registers: {registers} of {REGISTERS}")
+
+    @functools.cached_property
+    def tmem(self) -> TmemMap:
+        return attention_map(self.q_tiles, self.tile_n, self.head_dim_v)
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Every warp has exactly one role."""
+        softmax = 4 * self.q_tiles
+        counts = (192, 80, 48) if self.q_tiles == 2 else (208, 136, 96)
+        return (
+            Role("softmax", tuple(range(softmax)), counts[0], groups=self.q_tiles),
+            Role("correction", tuple(range(softmax, softmax + 4)), counts[1]),
+            Role("mma", (softmax + 4,), counts[2]),
+            Role("load", (softmax + 5,), counts[2]),
+            Role("epilogue", (softmax + 6,), counts[2]),
+            Role("idle", (softmax + 7,), counts[2]),
+        )
+
+    def role(self, name: str) -> Role:
+        return next(role for role in self.roles if role.name == name)
+
+    @property
+    def threads(self) -> int:
+        return 32 * sum(len(role.warps) for role in self.roles)
+
+    @property
+    def work_rows(self) -> int:
+        return self.q_tiles * self.tile_m
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an output row that leave together: a swizzle atom of 128 or 64 bytes."""
+        return 128 if self.head_dim_v * self.out_dtype.itemsize % 128 == 0 else 64
+
+    @property
+    def chunk(self) -> int:
+        """Columns of the output that leave together."""
+        return self.chunk_bytes // self.out_dtype.itemsize
+
+    @property
+    def chunks(self) -> int:
+        return self.head_dim_v // self.chunk
+
+    @property
+    def shared_parts(self) -> dict[str, int]:
+        """Bytes of shared memory by use."""
+        element = self.dtype.itemsize
+        return {
+            "Q": self.q_tiles * self.tile_m * self.head_dim * element,
+            "K": self.k_stages * self.tile_n * self.head_dim * element,
+            "V": self.v_stages * self.tile_n * self.head_dim_v * element,
+            "O": self.o_stages * self.tile_m * self.chunk_bytes,
+            "statistics": self.q_tiles * self.tile_m * 2 * 4,
+            "other": OTHER_BYTES,
+        }
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(self.shared_parts.values())
+
+
+@functools.cache
+def make_plan(
+    head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features
+) -> Plan:
+    """Two Q tiles of 128 keys where TMEM and shared memory allow it, and as many stages as fit.
+
+    At (192, 128) Q alone takes 96 KiB, so that KV tiles have 64 keys; at (256, 256) O takes half of
+    TMEM and there is one Q tile.
+    """
+    wide = head_dim > 128
+    plan = Plan(
+        head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
+        q_tiles=1 if head_dim_v > 128 else 2,
+    )  # fmt: skip
+    while plan.k_stages < 4:
+        for stages in ((0, 1), (1, 0)):
+            try:
+                plan = replace(
+                    plan, k_stages=plan.k_stages + stages[0], v_stages=plan.v_stages + stages[1]
+                )
+            except ValueError:
+                return plan
+    return plan
+
+
+def can_implement(problem: Problem, target: Target) -> str | None:
+    """Why the prefill kernel cannot run ``problem`` on ``target``; None when it can."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    if target.device_type != "cuda" or target.arch not in (100, 103):
+        return (
+            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
+            f"{target.device_type}, {target.arch / 10}"
+        )
+    if problem.op != "attention":
+        return f"the prefill kernel has no {problem.op}"
+    if problem.layout != "dense" or problem.packed_q:
+        return f"the prefill kernel takes dense keys and queries; got {problem.layout}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the prefill kernel takes bfloat16 and float16; got {problem.dtype}"
+    if dims not in HEAD_DIMS:
+        return f"the prefill kernel has (D, Dv) in {HEAD_DIMS}; got {dims}"
+    if problem.seqlen_q == 0 or problem.seqlen_k == 0 or problem.batch == 0:
+        return "the prefill kernel needs at least one sequence, query and key"
+    if problem.block_mask is not None:
+        return "the prefill kernel has no block mask"
+    if problem.num_splits > 1:
+        return f"the prefill kernel does not split the keys; got num_splits={problem.num_splits}"
+    if not problem.epilogue.startswith("identity"):
+        return f"the prefill kernel has no epilogue {problem.epilogue!r}"
+    return None

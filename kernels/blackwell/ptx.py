@@ -1,0 +1,205 @@
+"""Instructions written as PTX, one wrapper each.
+
+Registers are Python lists of values: a fragment never becomes an array in local memory, and the
+registers of an asynchronous TMEM load can be tied to the instruction that waits for it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+from cutlass import Float32, Int32
+from cutlass._mlir.dialects import llvm, nvvm
+from cutlass.cutlass_dsl import T, dsl_user_op
+
+
+def _asm(
+    text: str, results: list[Any], operands: list[Any], constraints: str, *, effects: bool,
+    loc: Any, ip: Any,
+) -> Any:  # fmt: skip
+    kind = None
+    if len(results) == 1:
+        kind = results[0]
+    elif results:
+        kind = llvm.StructType.get_literal(results)
+    return llvm.inline_asm(
+        kind, operands, text, constraints, has_side_effects=effects, is_align_stack=False,
+        asm_dialect=llvm.AsmDialect.AD_ATT, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+def _floats(struct: Any, count: int, loc: Any, ip: Any) -> list[Float32]:
+    if count == 1:
+        return [Float32(struct)]
+    return [Float32(llvm.extractvalue(T.f32(), struct, [i], loc=loc, ip=ip)) for i in range(count)]
+
+
+def _names(first: int, count: int) -> str:
+    return "{" + ", ".join(f"${i}" for i in range(first, first + count)) + "}"
+
+
+@dsl_user_op
+def tcgen05_fence_before(*, loc=None, ip=None) -> None:
+    """tcgen05.fence::before_thread_sync: own tcgen05 operations before a later arrive."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def tcgen05_fence_after(*, loc=None, ip=None) -> None:
+    """tcgen05.fence::after_thread_sync: later tcgen05 operations after an earlier wait."""
+    nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.AFTER_THREAD_SYNC, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def tcgen05_load(address: Int32, count: int, *, loc=None, ip=None) -> list[Float32]:
+    """tcgen05.ld.32x32b: ``count`` columns of the lane's row, from TMEM ``address``.
+
+    The values are undefined until `tcgen05_wait_load` has returned them.
+    """
+    result = _asm(
+        f"tcgen05.ld.sync.aligned.32x32b.x{count}.b32 {_names(0, count)}, [${count}];",
+        [T.f32()] * count, [Int32(address).ir_value(loc=loc, ip=ip)],
+        ",".join(["=f"] * count + ["r"]), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return _floats(result, count, loc, ip)
+
+
+@dsl_user_op
+def tcgen05_wait_load(values: list[Float32], *, loc=None, ip=None) -> list[Float32]:
+    """tcgen05.wait::ld; returns the ``values`` that earlier loads gave, now complete.
+
+    They pass through the instruction: otherwise the compiler, which sees no connection between
+    the two, would be free to read them before it.
+    """
+    count = len(values)
+    result = _asm(
+        "tcgen05.wait::ld.sync.aligned;",
+        [T.f32()] * count, [value.ir_value(loc=loc, ip=ip) for value in values],
+        ",".join(["=f"] * count + [str(i) for i in range(count)]), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return _floats(result, count, loc, ip)
+
+
+@dsl_user_op
+def tcgen05_store(address: Int32, values: list[Any], *, loc=None, ip=None) -> None:
+    """tcgen05.st.32x32b: 32-bit ``values`` to the lane's row, from TMEM ``address`` on."""
+    count = len(values)
+    kind = "f" if isinstance(values[0], Float32) else "r"
+    _asm(
+        f"tcgen05.st.sync.aligned.32x32b.x{count}.b32 [$0], {_names(1, count)};",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
+        ",".join(["r"] + [kind] * count), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def tcgen05_wait_store(*, loc=None, ip=None) -> None:
+    """tcgen05.wait::st: own TMEM stores are complete."""
+    _asm("tcgen05.wait::st.sync.aligned;", [], [], "", effects=True, loc=loc, ip=ip)
+
+
+@dsl_user_op
+def pack(low: Float32, high: Float32, dtype: Any, *, loc=None, ip=None) -> Int32:
+    """cvt.rn.{f16x2, bf16x2}.f32: two rounded values in one register."""
+    name = {cutlass.Float16: "f16x2", cutlass.BFloat16: "bf16x2"}[dtype]
+    result = _asm(
+        f"cvt.rn.{name}.f32 $0, $1, $2;",
+        [T.i32()], [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)],
+        "=r,f,f", effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+@dsl_user_op
+def exp2(x: Float32, *, loc=None, ip=None) -> Float32:
+    """ex2.approx.ftz.f32."""
+    result = _asm(
+        "ex2.approx.ftz.f32 $0, $1;", [T.f32()], [Float32(x).ir_value(loc=loc, ip=ip)], "=f,f",
+        effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Float32(result)
+
+
+@dsl_user_op
+def max3(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    """max.f32 of three."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    result = _asm(
+        "max.f32 $0, $1, $2, $3;", [T.f32()], operands, "=f,f,f,f", effects=False, loc=loc, ip=ip
+    )
+    return Float32(result)
+
+
+@dsl_user_op
+def store_shared(address: Int32, values: list[Any], *, loc=None, ip=None) -> None:
+    """st.shared.v4.b32: 16 bytes, aligned."""
+    kind = "f" if isinstance(values[0], Float32) else "r"
+    _asm(
+        "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
+        ",".join(["r"] + [kind] * 4), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+def _mma(steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str) -> str:
+    """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
+    $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``."""
+    lines = [
+        ".reg .pred e, p;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
+        "elect.sync _|e, 0xffffffff;",
+    ]  # fmt: skip
+    if first_enable == "p":
+        lines.append("setp.ne.b32 p, $5, 0;")
+    for index, (step_a, step_b) in enumerate(steps):
+        lines += [f"add.s32 la, $4, {step_a};", f"add.s32 lb, $2, {step_b};"]
+        lines.append("mov.b64 db, {lb, $3};")
+        if a_shared:
+            lines.append("mov.b64 da, {la, $5};")
+        a = "da" if a_shared else "[la]"
+        enable = "1" if index else first_enable
+        lines.append(f"@e tcgen05.mma.cta_group::1.kind::f16 [$0], {a}, db, $1, {enable};")
+    return "{\n\t" + "\n\t".join(lines) + "\n\t}"
+
+
+@dsl_user_op
+def tcgen05_mma_shared(
+    accumulator: Int32, a: tuple[Int32, Int32], b: tuple[Int32, Int32], descriptor: int,
+    steps: tuple[tuple[int, int], ...], *, loc=None, ip=None,
+) -> None:  # fmt: skip
+    """tcgen05.mma kind::f16 for every K step, from descriptors given as (low, high) words;
+    overwrites the accumulator."""
+    values = (Int32(accumulator), Int32(descriptor), *b, *a)
+    _asm(
+        _mma(steps, True, "0"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def tcgen05_mma_tmem(
+    accumulator: Int32, a: Int32, b: tuple[Int32, Int32], descriptor: int,
+    steps: tuple[tuple[int, int], ...], accumulate: Int32, *, loc=None, ip=None,
+) -> None:  # fmt: skip
+    """tcgen05.mma kind::f16 with A in TMEM, for every K step; the first adds to the accumulator
+    where ``accumulate`` is not 0."""
+    values = (Int32(accumulator), Int32(descriptor), *b, Int32(a), Int32(accumulate))
+    _asm(
+        _mma(steps, False, "p"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def barrier_any(
+    identifier: Int32, threads: int, vote: Any, *, loc=None, ip=None
+) -> cutlass.Boolean:
+    """barrier.red.or: waits for ``threads`` threads; true for all of them if one of them votes."""
+    result = _asm(
+        "{\n\t.reg .pred p, q;\n\tsetp.ne.b32 p, $1, 0;\n\t"
+        f"barrier.cta.red.or.pred.aligned q, $2, {threads}, p;\n\tselp.b32 $0, 1, 0, q;\n\t}}",
+        [T.i32()],
+        [Int32(vote).ir_value(loc=loc, ip=ip), Int32(identifier).ir_value(loc=loc, ip=ip)],
+        "=r,r,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result) != 0

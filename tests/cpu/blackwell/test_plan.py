@@ -1,0 +1,106 @@
+"""Plans, TMEM maps and barrier counts: host arithmetic that must fail loudly."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cute_fmha.kernels.blackwell.plan import (
+    HEAD_DIMS,
+    Features,
+    Plan,
+    Role,
+    can_implement,
+    make_plan,
+)
+from cute_fmha.kernels.blackwell.tmem import Region, TmemMap, attention_map
+from cute_fmha.problem import Problem, Target
+
+pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+
+
+def plan(**changes):
+    return replace(Plan(128, 128, torch.bfloat16, torch.bfloat16, Features()), **changes)
+
+
+def test_tmem_of_two_tiles():
+    tmem = attention_map(2, 128, 128)
+    assert [(r.name, r.start, r.end) for r in tmem.regions if r.over is None] == [
+        ("S0", 0, 128), ("S1", 128, 256), ("O0", 256, 384), ("O1", 384, 512),
+    ]  # fmt: skip
+    assert (tmem["P1"].start, tmem["P1"].end, tmem["P1"].over) == (192, 256, "S1")
+    assert tmem.columns == 512
+
+
+def test_tmem_refuses_too_much_and_overlaps():
+    with pytest.raises(ValueError, match="ends at column 768 of 512"):
+        attention_map(2, 128, 256)
+    with pytest.raises(ValueError, match="A and B overlap"):
+        TmemMap((Region("A", 0, 64), Region("B", 32, 64)))
+    with pytest.raises(ValueError, match="P is not inside A"):
+        TmemMap((Region("A", 0, 64), Region("P", 32, 64, over="A")))
+
+
+def test_budgets():
+    assert plan().shared_bytes <= 227 << 10
+    with pytest.raises(ValueError, match=r"shared memory: .*'K': 98304"):
+        plan(k_stages=3)
+    assert sum(32 * len(role.warps) * role.registers for role in plan().roles) <= 64 << 10
+
+
+def test_arrive_counts_follow_from_the_roles():
+    from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology, prefill_topology
+
+    topology = prefill_topology(plan())
+    counts = {barrier.name: topology.arrivals(barrier.name) for barrier in topology.barriers}
+    assert counts == {
+        "q_full": 1, "q_empty": 1, "k_full": 1, "k_empty": 1, "v_full": 1, "v_empty": 1,
+        "s_full": 1, "p_ready": 8, "p_last": 4, "scale_full": 4, "scale_empty": 4, "o_full": 1,
+        "chunk_full": 4, "chunk_empty": 1,
+    }  # fmt: skip
+    roles = (Role("a", (0, 1), 64), Role("b", (2,), 64))
+    with pytest.raises(ValueError, match="a has 2 warps, 'commit' is for one"):
+        Topology(roles, (Barrier("x", 1, (("a", "commit"),)),))
+    with pytest.raises(ValueError, match="no role c"):
+        Topology(roles, (Barrier("x", 1, (("c", "warp"),)),))
+    with pytest.raises(ValueError, match="every warp has one role"):
+        Topology((Role("a", (0, 2), 64),), ())
+
+
+B200 = Target("cuda", 100, 148)
+
+
+def problem(**changes):
+    plain = Problem(
+        "attention", "dense", False, torch.bfloat16, torch.bfloat16, 2, 512, 512, 8, 2, 128, 128
+    )
+    return replace(plain, **changes)
+
+
+def test_what_can_be_implemented():
+    assert can_implement(problem(), B200) is None
+    assert can_implement(problem(head_dim=192, window_right=0, skip=True, sink=True), B200) is None
+    refused = {
+        "dense keys": {"layout": "packed"},
+        "got torch.float32": {"dtype": torch.float32},
+        r"got \(64, 128\)": {"head_dim": 64},
+        "at least one": {"seqlen_k": 0},
+        "block mask": {"block_mask": (128, 128)},
+        "num_splits=2": {"num_splits": 2},
+        "epilogue 'nvfp4'": {"epilogue": "nvfp4"},
+    }
+    for reason, changes in refused.items():
+        assert re.search(reason, can_implement(problem(**changes), B200))
+    assert "10.0 or 10.3" in can_implement(problem(), Target("cuda", 90, 132))
+
+
+@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
+def test_every_pair_has_a_plan_within_budget(dims, out_dtype):
+    made = make_plan(*dims, torch.bfloat16, out_dtype, Features())
+    assert made.shared_bytes <= 227 << 10
+    assert min(made.k_stages, made.v_stages) >= 2
+    assert made.tmem.columns <= 512

@@ -56,7 +56,7 @@ class Store:
         else:
             for c in cutlass.range_constexpr(self.chunks):
                 cursor = self.hand_over(
-                    lambda first, count, c=c: scaled(
+                    lambda first, count, c=c: scaled(  # type: ignore[misc]
                         ptx.tcgen05_wait_load(
                             ptx.tcgen05_load(tO + c * self.chunk + first, count)
                         ),

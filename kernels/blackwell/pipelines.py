@@ -218,7 +218,8 @@ class Carried:
     """A dataclass of run-time numbers that loops and branches of a kernel carry along."""
 
     def __extract_mlir_values__(self) -> list[Any]:
-        return [_number(getattr(self, f.name)).ir_value() for f in fields(self)]  # type: ignore
+        numbers = (_number(getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return [number.ir_value() for number in numbers]
 
     def __new_from_mlir_values__(self, values: list[Any]) -> Any:
         return type(self)(*map(_number, values))

@@ -83,7 +83,9 @@ def test_calls_store_what_the_op_makes_of_the_output(make, num_splits):
     heads = case.q.shape[-2]
     scale = torch.linspace(0.01, 3.0, heads, device="cuda")
     call = {"backend": "triton", "num_splits": num_splits}
-    with recorded(portable=True):
+    # At 256 the ops have smaller tiles than the plain kernel, and other tiles other sums.
+    tiles = {"tile_m": 64, "tile_n": 32} if case.q.shape[-1] == 256 else {}
+    with recorded(portable=True, **tiles):
         x, _ = case.run(epilogue=Identity(torch.float32), **call)
         for op in (Scale(scale), FP8(scale), NVFP4(torch.full((1,), 77.0, device="cuda"))):
             result, _ = case.run(epilogue=op, **call)
@@ -104,7 +106,8 @@ def test_calls_store_what_the_op_makes_of_the_output(make, num_splits):
 def test_planned_kernels_take_the_ops():
     """A call that would go to a Hopper kernel goes to a portable one instead."""
     case = dense_case(1, 200, 333, GQA, Options(causal=True), BF16)
-    x, _ = case.run(epilogue=Identity(torch.float32), backend="triton")
+    with recorded(portable=True):
+        x, _ = case.run(epilogue=Identity(torch.float32), backend="triton")
     out, _ = case.run(epilogue=FP8(0.01), backend="auto")
     assert out.dtype == torch.float8_e4m3fn
     torch.testing.assert_close(out.float() * 0.01, x, rtol=1 / 15, atol=1e-4)

@@ -300,9 +300,6 @@ def _reductions() -> list[Case]:
             data = data % 7
         m = Map(Buffer(data, output=True), dtype, shape, box, swizzle=32)
         cases.append(store(name, m, (16 // size, 6), 0, verb))
-    name, shape = "tensor_add_negative", (12, 16)
-    m = Map(tensor(name, shape, "uint32", True), "uint32", shape, (8, 8))
-    cases.append(store(name, m, (-4, -2), 0, "add"))
     return cases
 
 

@@ -209,7 +209,8 @@ static bool place_barriers(Warp *w, const Instr *in, const TmaKind *kind, Cta *b
     return true;
 }
 
-/* Hopper raises an illegal instruction at a negative coordinate of a store; ends may lie outside. */
+/* Hopper raises an illegal instruction where a store or a reduction begins at a negative coordinate. Its
+ * end may lie outside. */
 static bool store_begins_inside(Warp *w, const Instr *in, const Box *box) {
     for (int i = 0; i < MAP_RANK; i++)
         if (box->at[i] < 0) {

@@ -75,10 +75,12 @@ def run(
     lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("nan"))
     scale = case.common.get("scale") or 1 / math.sqrt(q.shape[-1])
     cap = case.common.get("softcap", 0.0)
+    left, right = map(Int32, window_of(case))
     scalars = Scalars(
         Float32((cap or scale) * math.log2(math.e)),
         Float32(scale / cap if cap else 0.0),
-        *map(Int32, window_of(case)),
+        left,
+        right,
         Float32(math.nan if isinstance(skip, torch.Tensor) else skip),
     )
     sink = case.common.get("sink")

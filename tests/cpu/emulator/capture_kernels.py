@@ -43,7 +43,7 @@ def add_kernel(b: cute.Tensor, n: cutlass.Int32):
     block, _, _ = cute.arch.block_idx()
     i = block * 128 + thread
     if i < n:
-        b[i] = b[i] + 1.0  # type: ignore[operator]
+        b[i] = b[i] + 1.0
 
 
 @cute.jit

@@ -85,7 +85,8 @@ def test_failing_kernel(case: Case) -> None:
     if digest == case.digest():
         assert "ILLEGAL_INSTRUCTION" in error
     for policy in POLICIES.values():
-        assert "not a multiple of 16" in replay.run(case, policy=policy).error
+        error = replay.run(case, policy=policy).error
+        assert "not a multiple of 16" in error or "a store to coordinate -" in error
 
 
 @recorded

@@ -15,7 +15,7 @@ pytest.importorskip("tqdm")
 from cute_fmha import demo
 from cute_fmha.adapters import hf
 
-SMALL = ["--device", "cpu", "--backend", "reference", "--prefill", "160", "--decode", "3"]
+SMALL = ["--device", "cpu", "--backend", "reference", "--prefill", "160", "--decode", "16"]
 
 
 def _altered(function: Callable[..., Any], **changes: Callable[[Any], Any]) -> Callable[..., Any]:

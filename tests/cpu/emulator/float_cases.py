@@ -60,8 +60,12 @@ def rounded(
     sat: bool = False,
     relu: bool = False,
 ) -> Callable[..., int]:
-    """The operation on bit patterns: flushed sources, one rounding, flushed result. Of f16, what is
-    subnormal before it is rounded is flushed (as on an H200)."""
+    """The operation on bit patterns: flushed sources, one rounding, flushed result.
+
+    Flushed is (as on an H200) what is below the normal numbers when rounded with an exponent
+    without bounds."""
+    smallest = Fraction(2) ** (1 - fmt.bias)
+    step = Fraction(1, 2 ** (fmt.mantissa + (2 if mode == "rn" else 1)))
 
     def of_codes(*codes: int) -> int:
         values = [fmt.decode(fmt.flush(code) if ftz else code) for code in codes]
@@ -70,7 +74,7 @@ def rounded(
             value = clamp_to_one(value)
         if relu and value <= 0:
             value = 0.0
-        if ftz and fmt is F16 and isinstance(value, Fraction) and abs(value) < Fraction(1, 2**14):
+        if ftz and isinstance(value, Fraction) and abs(value) < smallest * (1 - step):
             return fmt.sign if value < 0 else 0
         code = fmt.encode(value, mode)
         return fmt.flush(code) if ftz else code

@@ -139,6 +139,8 @@ def _prefill_plan(problem: Problem, target: Target) -> Plan:
     elif wide <= 192 or (wide <= 256 and large and not (branches or fused)):
         # O has 128 registers of a thread at 256: on sm_100, 64 keys beside it spill.
         tile_m, tile_n, warps, stages = 128, 64 if wide <= 192 or target.arch == 90 else 32, 8, 2
+        if branches and not large:
+            tile_n = 32  # a block mask or a skip at 192 spills beside 64 keys
     elif wide <= 256:
         tile_m, tile_n, warps, stages = 64, 32, 8, 2
     else:
@@ -173,7 +175,10 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
         kernel, tile_m, tile_n, warps, stages = "hopper_mla_decode", 64, 64, 4, 1
     elif wide > 256:
         tile_m = min(tile_m, 32)
-        tile_n, warps, stages, occupancy = (32, 8, 2, 1) if tile_m > 16 else (32, 4, 2, 2)
+        # Four warps hold 16 rows of O; on sm_80 the addresses of a tile do not fit beside it.
+        tile_n, warps, stages, occupancy = (
+            (32, 4, 2, 2) if tile_m <= 16 and large else (32, 8, 2, 1)
+        )
         if tile_m > 16 and _crowded(problem):
             tile_n = 16
         if problem.epilogue == NVFP4.key and tile_m <= 16:

@@ -175,10 +175,9 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
         kernel, tile_m, tile_n, warps, stages = "hopper_mla_decode", 64, 64, 4, 1
     elif wide > 256:
         tile_m = min(tile_m, 32)
-        # Four warps hold 16 rows of O; on sm_80 the addresses of a tile do not fit beside it.
-        tile_n, warps, stages, occupancy = (
-            (32, 4, 2, 2) if tile_m <= 16 and large else (32, 8, 2, 1)
-        )
+        # Four warps hold 16 rows of O; but on sm_90, the addresses of a tile do not fit beside it.
+        four = tile_m <= 16 and target.arch == 90
+        tile_n, warps, stages, occupancy = (32, 4, 2, 2) if four else (32, 8, 2, 1)
         if tile_m > 16 and _crowded(problem):
             tile_n = 16
         if problem.epilogue == NVFP4.key and tile_m <= 16:

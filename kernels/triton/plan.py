@@ -175,7 +175,7 @@ def _decode_plan(problem: Problem, target: Target, aligned: bool, even_pages: bo
         kernel, tile_m, tile_n, warps, stages = "hopper_mla_decode", 64, 64, 4, 1
     elif wide > 256:
         tile_m = min(tile_m, 32)
-        # Four warps hold 16 rows of O; but on sm_90, the addresses of a tile do not fit beside it.
+        # Four warps hold 16 rows of O; except on sm_90, a tile's addresses do not fit beside it.
         four = tile_m <= 16 and target.arch == 90
         tile_n, warps, stages, occupancy = (32, 4, 2, 2) if four else (32, 8, 2, 1)
         if tile_m > 16 and _crowded(problem):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from outcomes import clean, kinds, text
 
 from cute_fmha.emulator.machine import Policy, run_ptx
 
@@ -47,18 +48,6 @@ def run(body: str, source: np.ndarray, out: np.ndarray, warps: int = 3, **option
     return run_ptx(
         module(body), source, out, block=(32 * warps, 1, 1), dynamic_shared=8192, **options
     )
-
-
-def kinds(result: Any) -> set[str]:
-    return {finding.kind for finding in result.findings}
-
-
-def text(result: Any) -> str:
-    return "\n".join(finding.text for finding in result.findings)
-
-
-def clean(result: Any) -> None:
-    assert not result.findings, text(result)
 
 
 def fresh(n: int, seed: int = 0) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from outcomes import clean, kinds, text
 
 from cute_fmha.emulator.machine import Policy, run_ptx
 
@@ -44,18 +45,6 @@ def run(body: str, out: np.ndarray | None = None, warps: int = 2, **options: Any
     options.setdefault("check", False)
     out = np.zeros(64, np.int32) if out is None else out
     return run_ptx(module(body), out, block=(32 * warps, 1, 1), dynamic_shared=SHARED, **options)
-
-
-def kinds(result: Any) -> set[str]:
-    return {finding.kind for finding in result.findings}
-
-
-def clean(result: Any) -> None:
-    assert not result.findings, "\n".join(str(finding) for finding in result.findings)
-
-
-def text(result: Any) -> str:
-    return "\n".join(finding.text for finding in result.findings)
 
 
 STORE_OUT = """

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensor_kernels as tk
+from outcomes import kinds
 
 from cute_fmha.emulator import build
 from cute_fmha.emulator.machine import (
@@ -60,10 +61,6 @@ def run(body: str, warps: int = 1, **options: Any) -> tuple[Result, np.ndarray]:
     data, out = np.arange(2048, dtype=np.int32), np.zeros(1024, np.int32)
     options.setdefault("dynamic_shared", 4096)
     return run_ptx(module(body), data, out, block=(32 * warps, 1, 1), **options), out
-
-
-def kinds(result: Result) -> set[str]:
-    return {finding.kind for finding in result.findings}
 
 
 # ---------------------------------------------------------------- undefined registers

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from outcomes import clean, kinds, text
 
 from cute_fmha.emulator.machine import Policy, run_ptx
 
@@ -49,18 +50,6 @@ def run(body: str, warps: int = 1, **options: Any) -> tuple[Any, np.ndarray]:
     block = (32 * warps, 1, 1)
     result = run_ptx(module(body), data, flag, out, block=block, dynamic_shared=4096, **options)
     return result, out
-
-
-def kinds(result: Any) -> set[str]:
-    return {finding.kind for finding in result.findings}
-
-
-def text(result: Any) -> str:
-    return "\n".join(finding.text for finding in result.findings)
-
-
-def clean(result: Any) -> None:
-    assert not result.findings, text(result)
 
 
 # ---------------------------------------------------------------- flags in global memory

@@ -11,16 +11,24 @@ Nothing comes back, and nothing here knows which kernel it serves.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.softmax import packed, scaled
+
+
+class Rows(NamedTuple):
+    """The rows of an output tile that exist, the first ``count``; ``address(row)`` is the global
+    address of a row's first byte, on 16 bytes. Rows need not be evenly spaced."""
+
+    count: Int32
+    address: Callable[[Int32], Int64]
 
 
 class Store:
@@ -66,6 +74,20 @@ class Store:
                 )  # fmt: skip
         return cursor
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of a chunk."""
+        return self.chunk * int(self.dtype.width) // 8
+
+    def address(self, buffer: Int32, row: Int32, byte: Any) -> Int32:
+        """Where the 16 bytes from ``byte`` on of a row of a chunk lie in its ``buffer``.
+
+        Swizzled as the TMA reads it: in 128-byte rows the number of a piece of 16 bytes by bits 7–9
+        of the address, in 64-byte rows by bits 7–8, in 32-byte rows by bit 7.
+        """
+        swizzle = row * self.row_bytes // 128 % (self.row_bytes // 16) * 16
+        return buffer + row * self.row_bytes + (Int32(byte) ^ swizzle)
+
     def hand_over(
         self, values: Callable[[int, int], list[Float32]], sO: cute.Tensor, thread: Int32,
         barriers: Barriers, cursor: Cursor,
@@ -76,17 +98,14 @@ class Store:
         the warpgroup gets along with few registers.
         """
         barriers.wait("chunk_empty", cursor.empty_phase, cursor.index)
-        row_bytes = self.chunk * self.dtype.width // 8
-        row = sO.iterator.toint() + (cursor.index * self.rows + thread) * row_bytes
-        # The 128-byte swizzle: the piece's number by bits 7–9 of the address; 64 bytes: by 7–8.
-        swizzle = thread * row_bytes // 128 % (row_bytes // 16) * 16
+        buffer = sO.iterator.toint() + cursor.index * self.rows * self.row_bytes
         width = min(32, self.chunk)
         for first in range(0, self.chunk, width):
             part = values(first, width)
             words = part if self.dtype is Float32 else packed(part, self.dtype)
-            start = first * row_bytes // self.chunk
+            start = first * self.row_bytes // self.chunk
             for piece in range(len(words) // 4):
-                address = row + (Int32(start + piece * 16) ^ swizzle)
+                address = self.address(buffer, thread, start + piece * 16)
                 ptx.store_shared(address, words[piece * 4 : piece * 4 + 4])
         cute.arch.fence_proxy("async.shared", space="cta")
         barriers.arrive("chunk_full", cursor.index)
@@ -100,16 +119,44 @@ class Store:
         sO: cute.Tensor,  # (ROWS, CHUNK, STAGE)
         barriers: Barriers,
         cursor: Cursor,
+        rows: Rows | None = None,
     ) -> Cursor:
-        """Store every chunk of a tile. Waits: chunk_full. Signals: chunk_empty."""
+        """Store every chunk of a tile. Waits: chunk_full. Signals: chunk_empty.
+
+        A TMA box ends where its tensor does, so that rows past the end of a dense sequence need
+        nothing. Where the memory after the rows that exist belongs to somebody else (the next
+        sequence of a packed batch), the caller gives ``rows``: a tile in which all exist leaves by
+        TMA still, of any other only those that exist are written.
+        """
         tOsO, tOgO = cpasync.tma_partition(
             tma, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2)
         )
         for c in cutlass.range_constexpr(self.chunks):
             barriers.wait("chunk_full", cursor.phase, cursor.index)
-            cute.copy(tma, tOsO[None, cursor.index], tOgO[None, c])
-            cute.arch.cp_async_bulk_commit_group()
-            cute.arch.cp_async_bulk_wait_group(0, read=True)
+            if cutlass.const_expr(rows is None):  # noqa: SIM114  (compile and run time)
+                self.write_box(tma, tOsO[None, cursor.index], tOgO[None, c])
+            elif rows.count >= self.rows:
+                self.write_box(tma, tOsO[None, cursor.index], tOgO[None, c])
+            else:
+                self.write_rows(sO, cursor, rows, c)
             barriers.arrive("chunk_empty", cursor.index)
             cursor = cursor.next()
         return cursor
+
+    def write_box(self, tma: cute.CopyAtom, chunk: cute.Tensor, target: cute.Tensor) -> None:
+        """Store a chunk by TMA; it may be overwritten afterwards."""
+        cute.copy(tma, chunk, target)
+        cute.arch.cp_async_bulk_commit_group()
+        cute.arch.cp_async_bulk_wait_group(0, read=True)
+
+    @cute.jit
+    def write_rows(self, sO: cute.Tensor, cursor: Cursor, rows: Rows, c: int):
+        """One warp writes the existing rows of chunk ``c`` of a tile, 16 bytes per lane at a time:
+        neighbouring lanes have neighbouring pieces of a row."""
+        pieces = self.row_bytes // 16
+        buffer = sO.iterator.toint() + cursor.index * self.rows * self.row_bytes
+        count, address = rows
+        for first in cutlass.range(cute.arch.lane_idx(), count * pieces, 32, unroll=4):
+            row, byte = first // pieces, first % pieces * 16
+            words = ptx.load_shared(self.address(buffer, row, byte))
+            ptx.store_global(address(row) + (c * self.row_bytes + byte), words)

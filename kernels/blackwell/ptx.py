@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
@@ -139,6 +139,31 @@ def store_shared(address: Int32, values: list[Any], *, loc=None, ip=None) -> Non
         "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + [kind] * 4), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def load_shared(address: Int32, *, loc=None, ip=None) -> list[Int32]:
+    """ld.shared.v4.b32: 16 bytes, aligned."""
+    result = _asm(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        [T.i32()] * 4, [Int32(address).ir_value(loc=loc, ip=ip)], "=r,=r,=r,=r,r", effects=True,
+        loc=loc, ip=ip,
+    )  # fmt: skip
+    return [Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def store_global(address: Int64, values: list[Any], live: Any = True, *, loc=None, ip=None) -> None:
+    """st.global of one, two or four 32-bit ``values``, aligned to their size, where ``live``."""
+    count = len(values)
+    kind = "f" if isinstance(values[0], Float32) else "r"
+    vector = f".v{count}" if count > 1 else ""
+    _asm(
+        f"{{\n\t.reg .pred p;\n\tsetp.ne.b32 p, $1, 0;\n\t"
+        f"@p st.global{vector}.b32 [$0], {_names(2, count)};\n\t}}",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int64(address), Int32(live), *values)],
+        ",".join(["l", "r"] + [kind] * count), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 

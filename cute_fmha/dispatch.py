@@ -19,15 +19,18 @@ logger = logging.getLogger("cute_fmha")
 BACKENDS = ("auto", "blackwell", "triton", "reference", "emulator")
 """Names `backend=` takes. ``emulator`` is never chosen by ``auto``."""
 
-_MODULES = {"triton": "cute_fmha.kernels.triton", "reference": "cute_fmha.reference"}
+_MODULES = {
+    "blackwell": "cute_fmha.kernels.blackwell.launch",
+    "triton": "cute_fmha.kernels.triton",
+    "reference": "cute_fmha.reference",
+    "emulator": "cute_fmha.emulator.backend",
+}
 _AUTO_ORDER = ("blackwell", "triton", "reference")
 
 
 @functools.cache
 def _module(backend: str) -> ModuleType | str:
     """The backend's module, or the reason why there is none."""
-    if backend not in _MODULES:
-        return f"this version of cute_fmha has no {backend} kernels"
     try:
         return importlib.import_module(_MODULES[backend])
     except ImportError as error:
@@ -45,10 +48,15 @@ def can_implement(problem: Problem, target: Target, backend: str) -> str | None:
 
 
 def _auto_reason(problem: Problem, target: Target, name: str) -> str | None:
-    """Why ``auto`` passes ``name`` by. The interpreter is for tests: `auto` leaves it alone."""
+    """Why ``auto`` passes ``name`` by."""
+    reason = can_implement(problem, target, name)
+    if reason is not None:
+        return reason
     if name == "triton" and target.device_type != "cuda":
-        return "auto uses Triton on CUDA devices"
-    return can_implement(problem, target, name)
+        return "its interpreter is for tests"
+    if name == "blackwell" and problem.op == "attention" and problem.seqlen_q * problem.group <= 64:
+        return "few query rows are left to kernels that split the keys"
+    return None
 
 
 @functools.cache
@@ -70,8 +78,14 @@ def select(problem: Problem, target: Target, backend: str) -> ModuleType:
         module = _module(backend)
         assert isinstance(module, ModuleType)
         return module
-    reasons: list[tuple[str, str]] = []
-    for name in _AUTO_ORDER:
+    return _first(problem, target, _AUTO_ORDER, ())
+
+
+def _first(
+    problem: Problem, target: Target, names: tuple[str, ...], reasons: tuple[tuple[str, str], ...]
+) -> ModuleType:
+    """The first of ``names`` that ``auto`` takes; ``reasons`` are those against others before."""
+    for name in names:
         reason = _auto_reason(problem, target, name)
         if reason is None:
             passed = "".join(f"; not {n}: {why}" for n, why in reasons)
@@ -79,12 +93,33 @@ def select(problem: Problem, target: Target, backend: str) -> ModuleType:
             module = _module(name)
             assert isinstance(module, ModuleType)
             return module
-        reasons.append((name, reason))
+        reasons = (*reasons, (name, reason))
     raise NotImplementedError(
         f"no backend can run this {problem.op}: " + "; ".join(f"{n}: {why}" for n, why in reasons)
     )
 
 
 def run(call: Call, backend: str) -> None:
-    """Run ``call`` on the backend that `select` names."""
-    select(call.problem, target_of(call.q.device), backend).run(call)
+    """Run ``call`` on the backend that `select` names.
+
+    A backend may refuse the tensors of a call, by where they lie in memory, with a
+    NotImplementedError before anything is launched; ``auto`` then goes on to the next.
+    """
+    target = target_of(call.q.device)
+    module = select(call.problem, target, backend)
+    try:
+        module.run(call)
+    except NotImplementedError as error:
+        if backend != "auto":
+            raise NotImplementedError(
+                f"backend={backend!r} cannot run this {call.problem.op}: {error}"
+            ) from error
+        _run_next(call, target, module, error)
+
+
+def _run_next(call: Call, target: Target, refused: ModuleType, error: Exception) -> None:
+    """Run ``call`` on a backend after ``refused``, which has refused it with ``error``."""
+    names = [_module(name) for name in _AUTO_ORDER]
+    at = names.index(refused)
+    reasons = ((_AUTO_ORDER[at], str(error)),)
+    _first(call.problem, target, _AUTO_ORDER[at + 1 :], reasons).run(call)

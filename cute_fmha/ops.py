@@ -110,6 +110,10 @@ def _attention(
         stats=stats is not None,
         epilogue=epilogue,
         num_splits=num_splits,
+        lse=lse is not None,
+        seqused=seqused_k is not None and layout != "paged",
+        skip_tensor=skip_tensor is not None,
+        skip_relative=skip and skip_relative,
     )
     dispatch.run(
         Call(
@@ -148,6 +152,9 @@ def _mla_decode(
         stats=stats is not None,
         epilogue=epilogue,
         num_splits=num_splits,
+        lse=lse is not None,
+        skip_tensor=skip_tensor is not None,
+        skip_relative=skip and skip_relative,
     )
     dispatch.run(
         Call(

@@ -147,7 +147,9 @@ class Problem:
 
     ``seqlen_q`` and ``seqlen_k`` are per-sequence maxima (for paged keys the table's capacity).
     ``window_left``/``window_right`` have causal folded in (causal is ``window_right == 0``), −1 is
-    unbounded. ``num_splits`` 0 leaves the choice to the backend.
+    unbounded. ``num_splits`` 0 leaves the choice to the backend. ``lse``, ``seqused`` and
+    ``skip_tensor`` say that the call has such a tensor; ``seqused`` only for dense keys, paged ones
+    always have it. ``skip_relative``: λ is a factor over the KV length.
     """
 
     op: Literal["attention", "mla_decode"]
@@ -172,6 +174,10 @@ class Problem:
     stats: bool = False
     epilogue: str = "identity"
     num_splits: int = 0
+    lse: bool = False
+    seqused: bool = False
+    skip_tensor: bool = False
+    skip_relative: bool = False
 
     @property
     def group(self) -> int:
@@ -184,5 +190,5 @@ class Problem:
         return (
             self.op, self.layout, self.packed_q, self.dtype, self.out_dtype, self.head_dim,
             self.head_dim_v, self.window_left >= 0, self.window_right >= 0, self.softcap,
-            self.sink, self.block_mask, self.skip, self.stats, self.epilogue,
+            self.sink, self.block_mask, self.skip, self.stats, self.epilogue, self.seqused,
         )  # fmt: skip

@@ -16,6 +16,8 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from cute_fmha.cache import cache_folder
+
 ENGINE = Path(__file__).parent / "engine"
 # Products and sums stay separate (-ffp-contract=off): fma happens only where PTX asks for it.
 FLAGS = (
@@ -33,15 +35,6 @@ _KEPT = 4  # versions of an object or a library that stay in the cache
 
 class BuildError(RuntimeError):
     """The C compiler is missing or failed."""
-
-
-def cache_folder() -> Path:
-    """Where compiled libraries are kept: $CUTE_FMHA_CACHE or ~/.cache/cute_fmha."""
-    named = os.environ.get("CUTE_FMHA_CACHE")
-    if named:
-        return Path(named).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME")
-    return (Path(root) if root else Path.home() / ".cache") / "cute_fmha"
 
 
 @functools.lru_cache(maxsize=1)

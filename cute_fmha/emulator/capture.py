@@ -34,6 +34,8 @@ from typing import Any
 
 import torch
 
+from cute_fmha.cache import Binary
+
 from .build import build_library
 from .device import (
     CaptureError,
@@ -49,6 +51,7 @@ from .device import (
     require_cutlass,
 )
 from .machine import Finding, Machine, Policy, Region, Result, Tick, load, pack_arguments
+from .relink import RUNTIME, check_shim, host_function, shim_name
 
 __all__ = [
     "Capture",
@@ -310,7 +313,7 @@ def _is_compiled(function: Any) -> bool:
 
 
 def _ptx_of(compiled: Any) -> str:
-    ptx = compiled.__ptx__
+    ptx = compiled.ptx if isinstance(compiled, Binary) else compiled.__ptx__
     if isinstance(ptx, bytes):
         ptx = ptx.decode()
     if not ptx or ".entry" not in ptx:
@@ -319,10 +322,6 @@ def _ptx_of(compiled: Any) -> str:
             "cute_fmha.emulator.capture.compile_kernel, or with options='--keep-ptx'"
         )
     return ptx
-
-
-# Runtime symbols that compiled host code may call; they are declared, never defined, by its module.
-_RUNTIME = re.compile(r"(_cu|cuda_dialect_|CuteDSLRT_)\w+")
 
 
 def _redirected(compiled: Any) -> Any:
@@ -341,8 +340,8 @@ def _redirected(compiled: Any) -> Any:
 
         def declare(op: Any) -> Any:
             name = op.attributes["sym_name"].value if op.name == "llvm.func" else ""
-            if _RUNTIME.fullmatch(name) and not len(op.regions[0].blocks):
-                renamed[name] = f"shim_{name.lstrip('_')}"
+            if RUNTIME.fullmatch(name) and not len(op.regions[0].blocks):
+                renamed[name] = shim_name(name)
                 op.attributes["sym_name"] = ir.StringAttr.get(renamed[name])
             return ir.WalkResult.ADVANCE
 
@@ -359,12 +358,7 @@ def _redirected(compiled: Any) -> Any:
 
         module.operation.walk(declare)
         module.operation.walk(refer)
-    missing = sorted(name for name in used if not hasattr(library, renamed[name]))
-    if missing:
-        raise CaptureError(
-            f"{compiled.function_name} calls {', '.join(missing)}: host code may launch kernels "
-            "and query the device, nothing else is modelled"
-        )
+    check_shim(library, compiled.function_name, (renamed[name] for name in used))
     return module
 
 
@@ -375,6 +369,8 @@ def _rebuilt(compiled: Any) -> Any:
     """
     cutlass = require_cutlass()
     dsl = cutlass.cutlass_dsl.CuTeDSL._get_dsl()
+    if isinstance(compiled, Binary):
+        return host_function(compiled, *_shim())
     module, shim = _redirected(compiled), str(_shim()[1])
     if hasattr(compiled, "_create_tvm_ffi_function"):
         return _rebuilt_tvm_ffi(compiled, module, [shim, *dsl.get_shared_libs()])
@@ -505,7 +501,10 @@ def collect(
     device: Device | None = None,
     ptx: str | None = None,
 ) -> Capture:
-    """What `call(host function)` launches: the host function of `compiled`, on the shim."""
+    """What `call(host function)` launches: the host function of `compiled`, on the shim.
+
+    `compiled` is the result of `cute.compile` or a `Binary` of the kernel cache.
+    """
     text = ptx if ptx is not None else _ptx_of(compiled)
     kernels = entries(text)
     with _lock:

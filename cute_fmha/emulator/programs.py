@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from . import backend
 from . import capture as cap
 from .device import Device, DeviceTensor, Memory, emulated_device, patched, require_cutlass
 from .machine import Policy
@@ -146,7 +147,12 @@ def emulating(
         for name in ("TVMFFIJitCompiledFunction", "TVMFFIJitCompiledFunctionWithKwargs"):
             replacements.append((getattr(provider, name), "__call__", call_tvm_ffi))
     try:
-        with patched(*replacements), emulated_device(device), CudaOnCpu():
+        with (
+            patched(*replacements),
+            emulated_device(device),
+            backend.calls_go_to(use, device),
+            CudaOnCpu(),
+        ):
             yield reports
     finally:
         shutil.rmtree(folder, ignore_errors=True)

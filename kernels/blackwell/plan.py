@@ -185,6 +185,8 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         return f"the prefill kernel has no {problem.op}"
     if problem.layout != "dense" or problem.packed_q:
         return f"the prefill kernel takes dense keys and queries; got {problem.layout}"
+    if problem.seqused:
+        return "the prefill kernel takes keys that are all in use; got seqused_k"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"the prefill kernel takes bfloat16 and float16; got {problem.dtype}"
     if dims not in HEAD_DIMS:

@@ -58,6 +58,7 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as sm100
 import torch
+from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
 from cutlass import Boolean, Float32, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
@@ -220,6 +221,7 @@ class Prefill:
         mStats: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
+        stream: CUstream,
     ):
         """Launch on ``[B, S, H, D]`` tensors with at most ``ctas`` CTAs."""
         plan = self.plan
@@ -267,6 +269,7 @@ class Prefill:
         mem = Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mSkip, mStats)
         self.kernel(mmas, mem, layouts, scalars).launch(
             grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
+            stream=stream,
         )  # fmt: skip
 
     @cute.kernel

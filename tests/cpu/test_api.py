@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -389,26 +389,27 @@ CPU = target_of(torch.device("cpu"))
 HOPPER = Target("cuda", 90, 132)
 
 
-@pytest.mark.parametrize("backend", ["blackwell", "emulator"])
-def test_a_backend_without_kernels_says_so(backend):
-    for base in (dense, latent):
-        name = "attention" if base is dense else "mla_decode"
-        pattern = f"backend='{backend}' cannot run this {name}: .*no {backend} kernels"
+def test_a_backend_that_cannot_says_why():
+    for base, name in ((dense, "attention"), (latent, "mla_decode")):
+        pattern = f"backend='blackwell' cannot run this {name}: .* need compute capability 10.0"
         with pytest.raises(NotImplementedError, match=pattern):
-            call(base() | {"backend": backend})
+            call(base() | {"backend": "blackwell"})
 
 
 @dataclass
 class FakeBackend:
-    """A backend that records what it is asked."""
+    """A backend that records what it is asked; ``misfit``: it refuses the tensors of a call."""
 
     reason: str | None
     ran: int = 0
+    misfit: str = ""
 
     def can_implement(self, problem: Problem, target: Target) -> str | None:
         return self.reason
 
     def run(self, call: object) -> None:
+        if self.misfit:
+            raise NotImplementedError(self.misfit)
         self.ran += 1
 
 
@@ -446,6 +447,29 @@ def test_a_named_backend_never_falls_back(fakes):
     assert sum(fake.ran for fake in fakes.values()) == 0
     call(dense() | {"backend": "emulator"})
     assert fakes["emulator"].ran == 1
+
+
+def test_refused_tensors_go_to_the_next_backend(fakes, caplog):
+    """What a backend finds only when it runs, as with unaligned rows."""
+    fakes["triton"].misfit = "rows are not aligned"
+    with caplog.at_level("INFO", logger="cute_fmha"):
+        call(dense() | {"backend": "auto"})
+    assert (fakes["triton"].ran, fakes["reference"].ran) == (0, 1)
+    assert "backend reference; not triton: rows are not aligned" in caplog.records[-1].getMessage()
+    with pytest.raises(NotImplementedError, match=r"backend='triton' .*: rows are not aligned"):
+        call(dense() | {"backend": "triton"})
+    fakes["reference"].misfit = "nor here"
+    with pytest.raises(NotImplementedError, match="nor here"):
+        call(dense() | {"backend": "auto"})
+
+
+def test_auto_leaves_few_rows_to_split_kv(fakes):
+    fakes["blackwell"].reason = None
+    rows = {1: "triton", 64: "triton", 65: "blackwell"}
+    for seqlen_q, name in rows.items():
+        problem = replace(PROBLEM, seqlen_q=seqlen_q)
+        assert dispatch.select(problem, HOPPER, "auto") is fakes[name]
+        assert dispatch.select(problem, HOPPER, "blackwell") is fakes["blackwell"]
 
 
 def test_auto_never_takes_the_emulator(fakes):

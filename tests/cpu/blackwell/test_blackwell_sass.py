@@ -39,7 +39,7 @@ def tool(name: str, *arguments: str) -> str:
 def test_machine_code(dims, features, arch, tmp_path):
     plan = make_plan(*dims, BF16, BF16, features)
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(harness.build(plan, arch=arch, options="--keep-cubin").__cubin__)
+    path.write_bytes(harness.build(plan, arch).cubin)
     usage = tool("cuobjdump", "-res-usage", str(path))
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
     code = tool("nvdisasm", "-c", str(path))

@@ -1,0 +1,89 @@
+"""The prefill kernel as the host sees it: its plan, its placeholders, a call's arguments.
+
+`launch.py` asks every kernel for these four: `NAME` and `can_implement`; `plan_of` a problem;
+`compile_arguments`, the kernel object and placeholders for its ``__call__``; `call_arguments`,
+which turns a `Call` into what the compiled ``__call__`` takes. Only `compile_arguments` needs
+CuTe DSL. What a call does not have is None in both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan
+from cute_fmha.problem import Problem
+
+if TYPE_CHECKING:
+    from cute_fmha.ops import Call
+
+__all__ = ["NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of"]
+
+NAME = "prefill"
+
+LOG2_E = math.log2(math.e)
+
+
+def plan_of(problem: Problem) -> Plan:
+    features = Features(
+        window_left=problem.window_left >= 0,
+        window_right=problem.window_right >= 0,
+        lse=problem.lse,
+        sink=problem.sink,
+        softcap=problem.softcap,
+        skip=problem.skip,
+        skip_tensor=problem.skip_tensor,
+        skip_relative=problem.skip_relative,
+        count=problem.stats,
+    )
+    return make_plan(
+        problem.head_dim, problem.head_dim_v, problem.dtype, problem.out_dtype, features
+    )
+
+
+def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
+    """(kernel, placeholders). Every extent and stride is dynamic but the head dims."""
+    from cutlass import Float32, Int32, Int64
+    from cutlass.cute.runtime import make_fake_stream
+
+    from cute_fmha.kernels.blackwell.build import placeholder
+    from cute_fmha.kernels.blackwell.prefill import DTYPES, Prefill, Scalars
+
+    features = plan.features
+    dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
+    arguments = (
+        placeholder(dtype, None, None, None, plan.head_dim, align=16),
+        placeholder(dtype, None, None, None, plan.head_dim, align=16),
+        placeholder(dtype, None, None, None, plan.head_dim_v, align=16),
+        placeholder(out_dtype, None, None, None, plan.head_dim_v, align=16),
+        placeholder(Float32, None, None, None) if features.lse else None,
+        placeholder(Float32, None) if features.sink else None,
+        placeholder(Float32, 1) if features.skip_tensor else None,
+        placeholder(Int64, 2) if features.count else None,
+        Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0)),
+        Int32(0),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return Prefill(plan), arguments
+
+
+def call_arguments(problem: Problem, sms: int) -> Callable[[Call], tuple[Any, ...]]:
+    """What turns a call of ``problem`` into arguments; ``sms`` is the most CTAs that are launched.
+
+    The stream is not among them: TVM-FFI takes PyTorch's current one.
+    """
+    window = (problem.window_left, problem.window_right)
+    softcap = problem.softcap
+
+    def arguments(call: Call) -> tuple[Any, ...]:
+        scale, cap_inner = call.scale, 0.0
+        if softcap:
+            scale, cap_inner = call.softcap, scale / call.softcap
+        scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value)
+        return (
+            call.q, call.k, call.v, call.out, call.lse, call.sink, call.skip_tensor, call.stats,
+            scalars, sms,
+        )  # fmt: skip
+
+    return arguments

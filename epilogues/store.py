@@ -19,7 +19,7 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 from cute_fmha.kernels.blackwell.softmax import packed, scaled
 
 
@@ -31,7 +31,7 @@ class Rows(NamedTuple):
     address: Callable[[Int32], Int64]
 
 
-class Store:
+class Store(Fixed):
     """Moves ``chunks`` chunks of ``chunk`` columns of one output tile."""
 
     def __init__(self, rows: int, chunk: int, chunks: int, dtype: Any) -> None:

@@ -49,6 +49,23 @@ class Operand:
             tuple(cute.crd2idx((0, 0, k, 0), layout) for k in range(cute.size(layout, mode=[2]))),
         )
 
+    @staticmethod
+    def swizzled(
+        start: Int32, leading: int, stride: int, steps: tuple[int, ...], stage: int = 0
+    ) -> Operand:
+        """Rows of 128 bytes with the 128-byte swizzle from shared address ``start`` on; all
+        distances in bytes.
+
+        K-major: ``stride`` from one group of 8 rows to the next, ``leading`` is of no meaning.
+        MN-major: ``stride`` between groups of 8 along K, ``leading`` between 64 values along MN.
+        """
+        return Operand(
+            (start >> 4) | (leading >> 4 << 16),
+            Int32(stride >> 4 | 1 << 14 | 2 << 29),
+            stage >> 4,
+            tuple(step >> 4 for step in steps),
+        )
+
     def tile(self, index: Any) -> Int32:
         """Low word of the descriptor of tile ``index``."""
         return self.low + index * self.stage
@@ -60,6 +77,21 @@ def multiply_shared(
     """accumulator = A Bᵀ, both in shared memory."""
     steps = tuple(zip(a.steps, b.steps, strict=True))
     ptx.tcgen05_mma_shared(accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps)
+
+
+def multiply(
+    form: str, accumulator: Int32, a: Operand | Int32, b: Operand, b_tile: Int32, descriptor: int,
+    accumulate: Any, a_tile: Any = 0,
+) -> None:  # fmt: skip
+    """accumulator (+)= A B over the steps of B, by MMAs of ``form``; A is in shared memory, or in
+    TMEM from that address on, 16 values of a step in 8 columns."""
+    if isinstance(a, Operand):
+        words: Any = (a.low + a_tile, a.high)
+        steps = tuple(zip(a.steps, b.steps, strict=True))
+    else:
+        words = a
+        steps = tuple((8 * k, step) for k, step in enumerate(b.steps))
+    ptx.tcgen05_mma(form, accumulator, words, (b_tile, b.high), descriptor, steps, accumulate)
 
 
 def multiply_tmem(

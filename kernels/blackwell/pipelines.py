@@ -225,6 +225,16 @@ class Carried:
         return type(self)(*map(_number, values))
 
 
+class Fixed:
+    """An object that loops and branches of a kernel use, and in which they change nothing."""
+
+    def __extract_mlir_values__(self) -> list[Any]:
+        return []
+
+    def __new_from_mlir_values__(self, values: list[Any]) -> Any:
+        return self
+
+
 class Cursor:
     """A place in a ring of ``stages`` buffers: ``index``, and the parity of its next full phase."""
 

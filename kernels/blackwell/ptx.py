@@ -167,15 +167,19 @@ def store_global(address: Int64, values: list[Any], live: Any = True, *, loc=Non
     )  # fmt: skip
 
 
-def _mma(steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str) -> str:
+def _mma(
+    steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str,
+    form: str = "cta_group::1",
+) -> str:  # fmt: skip
     """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
-    $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``."""
+    $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``. With
+    ``first_enable`` p the last operand says whether the first MMA adds to D."""
     lines = [
         ".reg .pred e, p;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
         "elect.sync _|e, 0xffffffff;",
     ]  # fmt: skip
     if first_enable == "p":
-        lines.append("setp.ne.b32 p, $5, 0;")
+        lines.append(f"setp.ne.b32 p, {'$6' if a_shared else '$5'}, 0;")
     for index, (step_a, step_b) in enumerate(steps):
         lines += [f"add.s32 la, $4, {step_a};", f"add.s32 lb, $2, {step_b};"]
         lines.append("mov.b64 db, {lb, $3};")
@@ -183,7 +187,7 @@ def _mma(steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str) 
             lines.append("mov.b64 da, {la, $5};")
         a = "da" if a_shared else "[la]"
         enable = "1" if index else first_enable
-        lines.append(f"@e tcgen05.mma.cta_group::1.kind::f16 [$0], {a}, db, $1, {enable};")
+        lines.append(f"@e tcgen05.mma.{form}.kind::f16 [$0], {a}, db, $1, {enable};")
     return "{\n\t" + "\n\t".join(lines) + "\n\t}"
 
 
@@ -212,6 +216,47 @@ def tcgen05_mma_tmem(
     _asm(
         _mma(steps, False, "p"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
         "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def tcgen05_mma(
+    form: str, accumulator: Int32, a: Int32 | tuple[Int32, Int32], b: tuple[Int32, Int32],
+    descriptor: int, steps: tuple[tuple[int, int], ...], accumulate: Any, *, loc=None, ip=None,
+) -> None:  # fmt: skip
+    """tcgen05.mma kind::f16 of ``form`` ("ws.cta_group::1", "cta_group::2") for every K step; A is
+    a descriptor's (low, high) words or a TMEM address. The first step adds to the accumulator
+    where ``accumulate`` holds."""
+    shared = isinstance(a, tuple)
+    words = a if isinstance(a, tuple) else (Int32(a),)
+    values = (Int32(accumulator), Int32(descriptor), *b, *words, Int32(accumulate))
+    _asm(
+        _mma(steps, shared, "p", form), [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        ",".join(["r"] * len(values)), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def load_global(address: Int64, live: Any, *, loc=None, ip=None) -> list[Int32]:
+    """ld.global.nc.v4.b32: 16 bytes, aligned, of memory that nobody writes meanwhile; zeros where
+    not ``live``."""
+    result = _asm(
+        "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, $5, 0;\n\t"
+        "mov.b32 $0, 0;\n\tmov.b32 $1, 0;\n\tmov.b32 $2, 0;\n\tmov.b32 $3, 0;\n\t"
+        "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];\n\t}",
+        [T.i32()] * 4,
+        [Int64(address).ir_value(loc=loc, ip=ip), Int32(live).ir_value(loc=loc, ip=ip)],
+        "=&r,=&r,=&r,=&r,l,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return [Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def barrier_sync(identifier: Int32, threads: int, *, loc=None, ip=None) -> None:
+    """barrier.sync: waits for ``threads`` threads."""
+    _asm(
+        f"barrier.cta.sync.aligned $0, {threads};",
+        [], [Int32(identifier).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 

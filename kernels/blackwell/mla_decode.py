@@ -1,0 +1,242 @@
+"""MLA decode on Blackwell (sm_100a, sm_103a) for many heads: one persistent tcgen05 kernel.
+
+Mathematics: that of `prefill`, with K a latent row of D columns and V its first Dv; row r of a
+sequence is (position, head) = (r / Hq, r % Hq), its softmax in base 2 (`softmax`).
+
+Shapes: q [B, Sq, Hq, D], latent cache [PAGES, PAGE, 1, D], block table [B, MAX_PAGES], lengths [B],
+out [B, Sq, Hq, Dv], lse [B, Hq, Sq]; (D, Dv) is (576, 512) or (512, 512). A work tile is 64 rows of
+one sequence, a KV tile 64 latent rows. Each latent tile is fetched once: its columns are K-major
+for Q Kᵀ, and the same bytes MN-major for P V.
+
+M = 64 on all 128 lanes of TMEM: `tcgen05.mma.ws` puts the upper half of N into lanes 64–127. S
+folds the keys so, O the value columns. A in TMEM is read by each half of the lanes for itself, so
+Q is there twice; the columns that find no place stay in shared memory.
+
+Warps
+
+    0–3   softmax   Q → TMEM; S → P, half a row per thread; decides what is skipped; rescales O
+    4–7   epilogue  O / l → chunks, LSE
+    8     mma       S = Q Kᵀ, O += P V; owns TMEM
+    9     load      latent tiles by TMA, through the block table
+    10    store     chunks of O → global memory by TMA
+    11    idle
+
+TMEM, in 32-bit columns, at 576/512 (`MlaPlan.tmem`)
+
+    0                                256   288                              512
+    | O: 512 columns in two halves   | S   | Q: columns 0–447               |
+
+Shared memory: five halves of a latent tile (64 rows × 256 columns, 32 KiB each), two rope tiles,
+two P, 128 columns of Q, two chunks of the output.
+
+Pipelines: `mla_decode_plan.topology`.
+
+Timeline of KV tile n in steady state (time goes down)
+
+    load             mma               softmax
+    half 0 (n + 2)   QK (n + 1)        max (n), exchange, vote
+                     P V (n)   <────── exp (n), P (n)
+    half 1 (n + 2)   QK (n + 2)        max (n + 1) …
+
+S (n + 1) is made while the softmax works on S (n), which it has taken to registers by then. The
+decision on a tile comes before its P V; a skipped tile costs Q Kᵀ and the maxima only.
+
+Constraints: `mla_decode_plan.can_implement`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.nvgpu import cpasync, tcgen05
+
+from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_decode_epilogue import epilogue, write
+from cute_fmha.kernels.blackwell.mla_decode_load import load
+from cute_fmha.kernels.blackwell.mla_decode_mma import mma
+from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES, Global, Shared, Work
+from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, UNIT, MlaPlan, topology
+from cute_fmha.kernels.blackwell.mla_decode_softmax import softmax
+from cute_fmha.kernels.blackwell.pipelines import Barriers
+from cute_fmha.kernels.blackwell.ragged import ragged
+
+
+def swizzled(bits: int, shape: Any, stride: Any) -> cute.ComposedLayout:
+    """A layout of rows of 64 (2) or 128 (3 bits) bytes in shared memory, 16-bit elements or not."""
+    return cute.make_composed_layout(
+        cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=stride)
+    )
+
+
+class MlaDecode:
+    """The kernel of one plan."""
+
+    def __init__(self, plan: MlaPlan) -> None:
+        self.plan = plan
+        self.topology = topology(plan)
+        self.dtype = DTYPES[plan.dtype]
+        self.out_dtype = DTYPES[plan.out_dtype]
+        self.store = Store(2 * ROWS, plan.chunk, plan.chunks, self.out_dtype)
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mKV: cute.Tensor,
+        mTable: cute.Tensor,
+        mLens: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mSink: cute.Tensor,
+        mSkip: cute.Tensor,
+        mStats: cute.Tensor,
+        mCounters: cute.Tensor,
+        mPartial: cute.Tensor,
+        scalars: Scalars,
+        ctas: Int32,
+    ):
+        """Launch on mQ [B, Sq, Hq, D], mKV [PAGES, PAGE, 1, D] and mO [B, Sq, Hq, Dv], whose
+        positions and heads follow each other evenly, with at most ``ctas`` CTAs."""
+        plan = self.plan
+        # (PAGE_ROW, UNIT_COLUMN, UNIT, PAGE, END)
+        pages, page_rows = mKV.shape[0], mKV.shape[1]
+        mKV = cute.make_tensor(
+            mKV.iterator,
+            cute.make_layout(
+                (page_rows, UNIT, plan.units, pages),
+                stride=(mKV.stride[1], 1, UNIT, mKV.stride[0]),
+            ),
+        )
+        mKV = ragged(mKV, 0)
+        load = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
+        tma_latent, gKV = cpasync.make_tiled_tma_atom(
+            load, mKV, swizzled(3, (plan.box_rows, UNIT, plan.box_units), (UNIT, 1, KEYS * UNIT)),
+            (plan.box_rows, UNIT, plan.box_units),
+        )  # fmt: skip
+        tma_rope, _ = cpasync.make_tiled_tma_atom(
+            load, mKV, swizzled(3, (plan.box_rows, UNIT, 1), (UNIT, 1, KEYS * UNIT)),
+            (plan.box_rows, UNIT, 1),
+        )  # fmt: skip
+        # TMEM column x of half h is value column 256 (x / 128) + 128 h + x % 128.
+        rows, quarter = mO.shape[1] * mO.shape[2], plan.head_dim_v // 4
+        # (ROW, CHUNK_COLUMN, HALF, CHUNKS, BATCH)
+        mO = cute.make_tensor(
+            mO.iterator,
+            cute.make_layout(
+                (rows, plan.chunk, 2, (quarter // plan.chunk, 2), mO.shape[0]),
+                stride=(mO.stride[2], 1, quarter, (plan.chunk, 2 * quarter), mO.stride[0]),
+            ),
+        )
+        tma_o, gO = cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), mO,
+            swizzled(2, (ROWS, plan.chunk, 2), (plan.chunk, 1, ROWS * plan.chunk)),
+            (ROWS, plan.chunk, 2),
+        )  # fmt: skip
+        mem = Global(
+            mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, mLSE, mSink, mSkip, mStats
+        )
+        work = cute.ceil_div(rows, ROWS) * mQ.shape[0]
+        self.kernel(mem, scalars).launch(
+            grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(self, mem: Global, scalars: Scalars):
+        """Allocate, initialise the barriers, dispatch the roles."""
+        plan = self.plan
+        storage = cutlass.utils.SmemAllocator().allocate(self.storage())
+        shared = self.shared(storage)
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        barriers = Barriers(self.topology, storage.barriers.data_ptr())
+        mma_warp, load_warp, store_warp = (
+            plan.role(name).warps[0] for name in ("mma", "load", "store")
+        )
+        if warp == load_warp:
+            for atom in (mem.tma_latent, mem.tma_rope, mem.tma_o):
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                barriers.initialise()
+            cute.arch.mbarrier_init_fence()
+        if warp == mma_warp:
+            cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem)
+            cute.arch.relinquish_tmem_alloc_permit()
+        cute.arch.sync_threads()
+        tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
+
+        work = Work(plan, mem, scalars)
+        if warp < plan.role("softmax").warps[-1] + 1:
+            cute.arch.setmaxregister_increase(plan.role("softmax").registers)
+            softmax(plan, work, mem, shared, scalars, tmem, barriers.of("softmax"))
+        elif warp < plan.role("epilogue").warps[-1] + 1:
+            cute.arch.setmaxregister_decrease(plan.role("epilogue").registers)
+            epilogue(plan, work, self.store, mem, shared, scalars, tmem, barriers.of("epilogue"))
+        else:
+            cute.arch.setmaxregister_decrease(plan.role("mma").registers)
+            if warp == mma_warp:
+                mma(plan, work, shared, tmem, barriers.of("mma"))
+            elif warp == load_warp:
+                load(plan, work, mem, shared, barriers.of("load"))
+            elif warp == store_warp:
+                write(plan, work, self.store, mem, shared, barriers.of("store"))
+        cute.arch.sync_threads()
+        if warp == mma_warp:
+            cute.arch.dealloc_tmem(tmem, plan.tmem.columns)
+
+    # ------------------------------------------------------------------ shared memory
+
+    def storage(self) -> Any:
+        """The struct of shared memory."""
+        plan = self.plan
+
+        def aligned(dtype: Any, count: int) -> Any:
+            return cute.struct.Align[cute.struct.MemRange[dtype, count], 1024]
+
+        fields = {
+            "sLatent": aligned(self.dtype, plan.stages * plan.half_units * KEYS * UNIT),
+            "sRope": aligned(self.dtype, plan.rope_stages * KEYS * UNIT * plan.rope),
+            "sP": aligned(self.dtype, plan.p_stages * ROWS * plan.tile_n),
+            "sQ": aligned(self.dtype, plan.q_shared_units * ROWS * UNIT),
+            "sO": aligned(self.out_dtype, plan.o_stages * 2 * ROWS * plan.chunk),
+            "sMax": cute.struct.MemRange[Float32, 4 * ROWS],
+            "sTotal": cute.struct.MemRange[Float32, 2 * ROWS],
+            "sRowMax": cute.struct.MemRange[Float32, ROWS],
+            "sKeep": cute.struct.MemRange[Int32, 3],
+            "barriers": cute.struct.MemRange[Int64, self.topology.size],
+            "tmem": Int32,
+        }
+        return cute.struct(type("Storage", (), {"__annotations__": fields}))
+
+    def shared(self, storage: Any) -> Shared:
+        """The buffers as tensors."""
+        plan = self.plan
+        narrow, wide = cute.make_swizzle(2, 4, 3), cute.make_swizzle(3, 4, 3)
+        unit = KEYS * UNIT
+
+        def units(buffer: Any, *counts: int) -> Any:
+            """(ROW, UNIT_COLUMN, …)"""
+            strides = [unit]
+            for count in counts[:-1]:
+                strides.append(strides[-1] * count)
+            layout = cute.make_layout((KEYS, UNIT, *counts), stride=(UNIT, 1, *strides))
+            return buffer.get_tensor(layout, swizzle=wide)
+
+        # ((ROW, CHUNK_COLUMN), HALF, STAGE)
+        chunks = cute.make_layout(
+            ((ROWS, plan.chunk), 2, plan.o_stages),
+            stride=((plan.chunk, 1), ROWS * plan.chunk, 2 * ROWS * plan.chunk),
+        )
+        return Shared(
+            sLatent=units(storage.sLatent, plan.half_units, plan.stages),
+            sRope=units(storage.sRope, plan.rope_stages) if plan.rope else None,
+            sP=units(storage.sP, plan.tile_n // UNIT, plan.p_stages),
+            sQ=units(storage.sQ, plan.q_shared_units),
+            sO=storage.sO.get_tensor(chunks, swizzle=narrow),
+            sMax=storage.sMax.get_tensor(cute.make_layout((2 * ROWS, 2))),
+            sTotal=storage.sTotal.get_tensor(cute.make_layout(2 * ROWS)),
+            sRowMax=storage.sRowMax.get_tensor(cute.make_layout(ROWS)),
+            sKeep=storage.sKeep.get_tensor(cute.make_layout(3)),
+        )

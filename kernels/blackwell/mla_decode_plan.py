@@ -1,0 +1,262 @@
+"""The plan of the MLA decode kernel for many heads: frozen, resolved in full before tracing."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology
+from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Features, Role
+from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
+from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
+
+ROWS = 64
+"""Query rows (position × head) of a CTA; the other 64 lanes of TMEM hold other columns of them."""
+
+KEYS = 64
+"""Latent rows of a tile that a CTA fetches."""
+
+UNIT = 64
+"""Columns of a latent row that lie together: the 128 bytes of a swizzle atom."""
+
+UNIT_BYTES = 64 * 128
+"""64 rows of a unit, of the latent, of Q or of P."""
+
+OTHER_BYTES = 3072
+"""Shared memory kept for barriers, statistics and alignment."""
+
+
+@dataclass(frozen=True)
+class MlaPlan:
+    """Tiles, stages, warps, registers and memory of one kernel.
+
+    A work tile is up to 64 rows of one sequence on one CTA. The latent arrives in halves of 256
+    columns, which are a stage each, and rope columns in a ring of their own.
+    """
+
+    head_dim: int
+    head_dim_v: int
+    dtype: torch.dtype
+    out_dtype: torch.dtype
+    features: Features
+    page_size: int = 64
+    stages: int = 5
+    rope_stages: int = 2
+    p_stages: int = 2
+    o_stages: int = 2
+    rescale_threshold: float = 8.0
+
+    def __post_init__(self) -> None:
+        self.tmem  # noqa: B018  (its construction checks the map)
+        if self.shared_bytes > SHARED_BYTES:
+            raise ValueError(
+                f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
+            )
+        registers = sum(32 * len(role.warps) * role.registers for role in self.roles)
+        if registers > REGISTERS:
+            raise ValueError(f"registers: {registers} of {REGISTERS}")
+        if self.stages < 4:
+            raise ValueError("S of the next tile is made before P V of this one: 4 halves at least")
+
+    # ------------------------------------------------------------------ tiles
+
+    @property
+    def rows(self) -> int:
+        """Rows of a work tile."""
+        return ROWS
+
+    @property
+    def tile_n(self) -> int:
+        """Keys of a KV tile."""
+        return KEYS
+
+    @property
+    def s_columns(self) -> int:
+        """Columns of S: the keys of a tile, folded over both halves of the lanes."""
+        return self.tile_n // 2
+
+    @property
+    def units(self) -> int:
+        """Units of a K row."""
+        return self.head_dim // UNIT
+
+    @property
+    def half_units(self) -> int:
+        """Units of half a V row: one stage."""
+        return self.head_dim_v // 2 // UNIT
+
+    @property
+    def half_bytes(self) -> int:
+        return self.half_units * UNIT_BYTES
+
+    @property
+    def rope(self) -> bool:
+        """K rows are longer than V rows."""
+        return self.head_dim > self.head_dim_v
+
+    @property
+    def q_tmem_units(self) -> int:
+        """Units of Q that TMEM has columns for, two values to a column."""
+        free = TMEM_COLUMNS - self.head_dim_v // 2 - self.s_columns
+        return min(self.units, free // (UNIT // 2))
+
+    @property
+    def q_shared_units(self) -> int:
+        return self.units - self.q_tmem_units
+
+    @functools.cached_property
+    def tmem(self) -> TmemMap:
+        """O and S fold their columns over both halves of the lanes; Q is there twice.
+
+        At 576/512: O 0–255, S 256–287, Q 288–511 (its first 448 columns).
+        """
+        o_end = self.head_dim_v // 2
+        s_end = o_end + self.s_columns
+        return TmemMap(
+            (
+                Region("O", 0, o_end),
+                Region("S", o_end, self.s_columns),
+                Region("Q", s_end, self.q_tmem_units * UNIT // 2),
+            )
+        )
+
+    # ------------------------------------------------------------------ pages and TMA boxes
+
+    @property
+    def box_rows(self) -> int:
+        """Latent rows of a TMA box: pages shorter than a tile are fetched one by one."""
+        return min(self.page_size, KEYS)
+
+    @property
+    def boxes(self) -> int:
+        """TMA boxes along the rows of a tile."""
+        return KEYS // self.box_rows
+
+    @property
+    def box_units(self) -> int:
+        """Units of a TMA box of latent columns: half a row where a box has all rows of the tile."""
+        return self.half_units if self.box_rows == KEYS else 1
+
+    # ------------------------------------------------------------------ warps
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """Every warp has exactly one role."""
+        return (
+            Role("softmax", (0, 1, 2, 3), 232),
+            Role("epilogue", (4, 5, 6, 7), 152),
+            Role("mma", (8,), 120),
+            Role("load", (9,), 120),
+            Role("store", (10,), 120),
+            Role("idle", (11,), 120),
+        )
+
+    def role(self, name: str) -> Role:
+        return next(role for role in self.roles if role.name == name)
+
+    @property
+    def threads(self) -> int:
+        return 32 * sum(len(role.warps) for role in self.roles)
+
+    # ------------------------------------------------------------------ memory
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Bytes of an output row that leave together, in each half of the lanes."""
+        return 64
+
+    @property
+    def chunk(self) -> int:
+        """Columns of the output that leave together, in each half of the lanes."""
+        return self.chunk_bytes // self.out_dtype.itemsize
+
+    @property
+    def chunks(self) -> int:
+        return self.head_dim_v // 2 // self.chunk
+
+    @property
+    def shared_parts(self) -> dict[str, int]:
+        """Bytes of shared memory by use."""
+        return {
+            "latent": self.stages * self.half_bytes,
+            "rope": self.rope_stages * UNIT_BYTES * self.rope,
+            "P": self.p_stages * ROWS * self.tile_n * 2,
+            "Q": self.q_shared_units * UNIT_BYTES,
+            "O": self.o_stages * 2 * ROWS * self.chunk_bytes,
+            "other": OTHER_BYTES,
+        }
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(self.shared_parts.values())
+
+
+def topology(plan: MlaPlan) -> Topology:
+    """The barriers of `cute_fmha.kernels.blackwell.mla_decode`.
+
+    load ── k_full, rope_full ──> mma ── s_full ──────────> softmax ── stats_full ──> epilogue
+         <─ k_empty, rope_empty ─     <─ s_empty, p_ready ─         <─ stats_empty ──
+                                      ── pv_done ─────────>
+                                      <─ q_full ───────────
+                                      ── o_full ─────────────────────────────────> epilogue
+                                      <─ o_empty ─────────────────────────────────
+    epilogue ── chunk_full ──> store,   epilogue <── chunk_empty ── store
+    """
+    rope = []
+    if plan.rope:
+        rope = [
+            Barrier("rope_full", plan.rope_stages, (("load", "bytes"),)),
+            Barrier("rope_empty", plan.rope_stages, (("mma", "commit"),)),
+        ]
+    return Topology(
+        plan.roles,
+        (
+            Barrier("k_full", plan.stages, (("load", "bytes"),)),
+            Barrier("k_empty", plan.stages, (("mma", "commit"),)),
+            *rope,
+            # Q is in TMEM and shared memory. It is free when the softmax has the last S.
+            Barrier("q_full", 1, (("softmax", "warp"),)),
+            Barrier("s_full", 1, (("mma", "commit"),)),
+            # S is in registers.
+            Barrier("s_empty", 1, (("softmax", "warp"),)),
+            # The decision on a tile is made; if it is kept, P is stored and O is rescaled. Two by
+            # turns: a warp may be done with the next tile when another one is not with this.
+            Barrier("p_ready", 2, (("softmax", "warp"),)),
+            # P V of a kept tile is complete: P may be overwritten, O rescaled.
+            Barrier("pv_done", plan.p_stages, (("mma", "commit"),)),
+            Barrier("stats_full", 1, (("softmax", "warp"),)),
+            Barrier("stats_empty", 1, (("epilogue", "warp"),)),
+            Barrier("o_full", 1, (("mma", "commit"),)),
+            Barrier("o_empty", 1, (("epilogue", "warp"),)),
+            Barrier("chunk_full", plan.o_stages, (("epilogue", "warp"),)),
+            Barrier("chunk_empty", plan.o_stages, (("store", "warp"),)),
+        ),
+    )
+
+
+def can_implement(problem: Problem, target: Target) -> str | None:
+    """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    page = problem.page_size
+    if target.device_type != "cuda" or target.arch not in (100, 103):
+        return (
+            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
+            f"{target.device_type}, {target.arch / 10}"
+        )
+    if problem.op != "mla_decode":
+        return f"the MLA decode kernel has no {problem.op}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the MLA decode kernel takes bfloat16 and float16; got {problem.dtype}"
+    if dims not in MLA_HEAD_DIMS:
+        return f"the MLA decode kernel has (D, Dv) in {MLA_HEAD_DIMS}; got {dims}"
+    if page not in (16, 32) and (page == 0 or page % KEYS):
+        return f"the MLA decode kernel takes pages of 16, 32 or a multiple of 64 rows; got {page}"
+    if problem.seqlen_q == 0 or problem.batch == 0:
+        return "the MLA decode kernel needs at least one sequence and query"
+    if problem.num_splits > 1:
+        return f"the MLA decode kernel does not split the keys; got {problem.num_splits} splits"
+    if not problem.epilogue.startswith("identity"):
+        return f"the MLA decode kernel has no epilogue {problem.epilogue!r}"
+    return None

@@ -1,0 +1,266 @@
+"""The softmax warpgroup of `mla_decode`: Q on its way in, then S → P, the skip decision, and O
+rescaled where a maximum has moved.
+
+Thread t has lane t of TMEM: half t // 64 of the keys of row t % 64. Threads t and t ± 64 exchange
+the maxima of their halves; each keeps the sum of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32, Int64
+
+from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.mask import mask_row
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_decode_operands import (
+    DTYPES,
+    Global,
+    Keys,
+    Shared,
+    Work,
+    WorkTile,
+    lane_address,
+)
+from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, UNIT, UNIT_BYTES, MlaPlan
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried
+from cute_fmha.kernels.blackwell.softmax import (
+    ABSENT,
+    EMPTY,
+    capped,
+    exponentials,
+    keeps_tile,
+    log2_threshold,
+    new_maximum,
+    packed,
+    row_maximum,
+    row_sum,
+    scaled,
+)
+
+PAIR = 1
+"""First of two named barriers: of warps 0 and 2, and of warps 1 and 3."""
+
+VOTE = 3
+"""Named barrier of the warpgroup."""
+
+
+@dataclass(frozen=True)
+class RowState(Carried):
+    """Half a row's softmax: the row's maximum that P is relative to, Σ P of this half, and the
+    row's maximum over the kept tiles, which decides what is skipped."""
+
+    maximum: Float32
+    total: Float32
+    running: Float32
+
+
+@dataclass(frozen=True)
+class Progress(Carried):
+    """Parity of s_full, the place of the next P, tiles seen and skipped, and whether this work tile
+    has kept one."""
+
+    s: Int32
+    p_index: Int32
+    p_phase: Int32
+    seen: Int32
+    skipped: Int32
+    kept: Int32
+
+
+class Group(NamedTuple):
+    """What a thread of the warpgroup works with."""
+
+    work: Work
+    shared: Shared
+    scalars: Scalars
+    tmem: Any
+    barriers: Barriers
+    thread: Int32
+
+
+@cute.jit
+def softmax(
+    plan: MlaPlan, work: Work, mem: Global, shared: Shared, scalars: Scalars, tmem: cute.Pointer,
+    barriers: Barriers,
+):  # fmt: skip
+    """Reads: Q in global memory, S, O. Writes: Q, sQ, sP, O, sTotal, sRowMax.
+    Waits: s_full, pv_done, stats_empty. Signals: q_full, s_empty, p_ready, stats_full.
+    Registers: 232."""
+    thread = cute.arch.thread_idx()[0] % 128
+    progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
+    stats_phase = Int32(0)
+    first_work, works, step = work.indices()
+    for index in cutlass.range(first_work, works, step, unroll=1):
+        tile = work.tile(index)
+        keys = work.keys(tile)
+        position, head, exists = work.position(tile, thread % ROWS)
+        if keys.end > keys.begin:
+            values = scalars
+            if cutlass.const_expr(plan.features.skip):
+                values = scalars._replace(skip=threshold(plan, mem, scalars, tile))
+            group = Group(work, shared, values, tmem, barriers, thread)
+            fetch_query(group, mem.mQ[tile.batch, position, head, None], exists)
+            running = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
+            state = RowState(Float32(EMPTY), Float32(0.0), running)
+            state, progress = row(group, tile, keys, position, state, progress)
+            barriers.wait("stats_empty", stats_phase ^ 1)
+            stats_phase = stats_phase ^ 1
+            shared.sTotal[thread] = state.total
+            if thread < ROWS:
+                shared.sRowMax[thread] = state.maximum
+            if thread == 0:
+                shared.sKeep[2] = progress.kept
+            barriers.arrive("stats_full")
+    if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
+        if thread == 0:
+            cute.arch.atomic_add(mem.mStats.iterator, Int64(progress.skipped))
+            cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(progress.seen))
+
+
+@cute.jit
+def threshold(plan: MlaPlan, mem: Global, scalars: Scalars, tile: WorkTile):
+    """log2 λ of a sequence."""
+    skip = scalars.skip
+    if cutlass.const_expr(plan.features.skip_tensor):
+        skip = mem.mSkip[0]
+    if cutlass.const_expr(plan.features.skip_relative):
+        skip = skip / Float32(tile.seqlen_k)
+    return log2_threshold(skip)
+
+
+def fetch_query(group: Group, gQ: cute.Tensor, exists: Boolean) -> None:
+    """The thread's row of Q, zero where it does not exist: to both halves of the lanes in TMEM, and
+    what has no place there to shared memory. Signals: q_full."""
+    work, shared, _, tmem, barriers, thread = group
+    plan = work.plan
+    start = gQ.iterator.toint()
+    tQ = lane_address(tmem, thread) + plan.tmem["Q"].start
+    for unit in range(plan.q_tmem_units):
+        words = []
+        for piece in range(8):
+            words += ptx.load_global(start + unit * 128 + piece * 16, exists)
+        ptx.tcgen05_store(tQ + unit * UNIT // 2, words)
+    # Both threads of a row write half of the pieces of 16 bytes.
+    row, half = thread % ROWS, thread // ROWS
+    for unit in range(plan.q_shared_units):
+        source = start + (plan.q_tmem_units + unit) * 128
+        target = shared.sQ.iterator.toint() + unit * UNIT_BYTES + row * 128
+        for i in range(4):
+            piece = half * 4 + i
+            words = ptx.load_global(source + piece * 16, exists)
+            ptx.store_shared(target + (piece ^ row % 8) * 16, words)
+    ptx.tcgen05_wait_store()
+    cute.arch.fence_proxy("async.shared", space="cta")
+    barriers.arrive_tmem("q_full")
+
+
+@cute.jit
+def row(group: Group, tile: WorkTile, keys: Keys, position: Int32, state, progress):
+    """All KV tiles of a work tile: (state, progress)."""
+    plan = group.work.plan
+    progress = Progress(
+        progress.s, progress.p_index, progress.p_phase, progress.seen, progress.skipped, Int32(0)
+    )
+    if cutlass.const_expr(plan.features.window_left):
+        for n in cutlass.range(keys.begin, keys.full_begin, unroll=1):
+            state, progress = step(group, tile, position, n, state, progress, True)
+    for n in cutlass.range(keys.full_begin, keys.full_end, unroll=1):
+        state, progress = step(group, tile, position, n, state, progress, False)
+    for n in cutlass.range(keys.full_end, keys.end, unroll=1):
+        state, progress = step(group, tile, position, n, state, progress, True)
+    return state, progress
+
+
+@cute.jit
+def step(
+    group: Group, tile: WorkTile, position: Int32, n: Int32, state, progress,
+    masked: cutlass.Constexpr,
+):  # fmt: skip
+    """One KV tile of half a row: (state, progress)."""
+    work, shared, scalars, tmem, barriers, thread = group
+    plan = work.plan
+    columns = plan.s_columns
+    tS = lane_address(tmem, thread) + plan.tmem["S"].start
+    barriers.wait_tmem("s_full", progress.s)
+    scores = []
+    for c in cutlass.range_constexpr(0, columns, 32):
+        scores += ptx.tcgen05_load(tS + c, 32)
+    scores = ptx.tcgen05_wait_load(scores)
+    barriers.arrive_tmem("s_empty")
+    if cutlass.const_expr(plan.features.softcap):
+        scores = capped(scores, scalars.cap_inner)
+    if cutlass.const_expr(masked):
+        first_key = n * plan.tile_n + thread // ROWS * columns
+        lengths = work.mem.mQ.shape[1], tile.seqlen_k
+        scores = mask_row(scores, position, first_key, lengths, work.window())
+    turn = progress.seen & 1
+    own = row_maximum(scores, Float32(-Float32.inf))
+    shared.sMax[thread, turn] = own
+    keep = Boolean(True)
+    if cutlass.const_expr(plan.features.skip):
+        vote = keeps_tile(own, state.running, scalars.scale_log2, scalars.skip)
+        keep = ptx.barrier_any(Int32(VOTE), 128, vote)
+        if thread == 0:
+            shared.sKeep[turn] = Int32(keep)
+    else:
+        ptx.barrier_sync(PAIR + thread // 32 % 2, 64)
+    if keep:
+        tile_max = cute.arch.fmax(own, shared.sMax[thread ^ ROWS, turn])
+        state = probabilities(group, scores, tile_max, state, progress)
+        wraps = progress.p_index == plan.p_stages - 1
+        p_index = 0 if wraps else progress.p_index + 1
+        p_phase = progress.p_phase ^ Int32(wraps)
+        progress = Progress(
+            progress.s ^ 1, p_index, p_phase, progress.seen + 1, progress.skipped, Int32(1)
+        )
+    else:
+        progress = Progress(
+            progress.s ^ 1, progress.p_index, progress.p_phase, progress.seen + 1,
+            progress.skipped + 1, progress.kept,
+        )  # fmt: skip
+    barriers.arrive_tmem("p_ready", turn)
+    return state, progress
+
+
+@cute.jit
+def probabilities(group: Group, scores, tile_max: Float32, state, progress):
+    """P of a kept tile to shared memory, O rescaled before it where a maximum of the warp moved:
+    the next state."""
+    work, shared, scalars, tmem, barriers, thread = group
+    plan = work.plan
+    running = cute.arch.fmax(state.running, tile_max)
+    tile_max = cute.arch.fmax(state.maximum, tile_max)
+    maximum, fade = new_maximum(state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold)
+    p = exponentials(scores, scalars.scale_log2, -maximum * scalars.scale_log2)
+    total = row_sum(p, state.total * fade)
+    words = packed(p, DTYPES[plan.dtype])
+    if cute.arch.vote_any_sync(fade < 1.0) and progress.kept != 0:
+        # P V of the last kept tile, in the buffer before this one, is complete.
+        before = plan.p_stages - 1 if progress.p_index == 0 else progress.p_index - 1
+        barriers.wait_tmem("pv_done", progress.p_phase ^ Int32(progress.p_index == 0), before)
+        rescale(plan, lane_address(tmem, thread) + plan.tmem["O"].start, fade)
+    barriers.wait("pv_done", progress.p_phase ^ 1, progress.p_index)
+    # (ROW, KEY, UNIT): the thread's keys are part of a row of 128 bytes, or all of it
+    row, half = thread % ROWS, thread // ROWS
+    byte = half * plan.s_columns * 2
+    target = shared.sP.iterator.toint() + progress.p_index * ROWS * plan.tile_n * 2
+    target = target + byte // 128 * UNIT_BYTES + row * 128
+    for piece in cutlass.range_constexpr(len(words) // 4):
+        at = (byte % 128 // 16 + piece) ^ row % 8
+        ptx.store_shared(target + at * 16, words[piece * 4 : piece * 4 + 4])
+    cute.arch.fence_proxy("async.shared", space="cta")
+    return RowState(maximum, total, running)
+
+
+def rescale(plan: MlaPlan, tO: Int32, fade: Float32) -> None:
+    """O = fade · O, 32 columns at a time."""
+    width = 32
+    for c in range(0, plan.head_dim_v // 2, width):
+        part = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
+        ptx.tcgen05_store(tO + c, scaled(part, fade))
+    ptx.tcgen05_wait_store()

@@ -1,0 +1,155 @@
+"""The Blackwell MLA decode kernel of 64 rows, executed number by number."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from cute_fmha.problem import Problem, SkipSoftmax, Target
+
+pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+harness = pytest.importorskip("mla_harness")
+
+from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402  (needs CuTe DSL)
+from cute_fmha.kernels.blackwell.mla_decode_plan import (  # noqa: E402
+    MlaPlan,
+    can_implement,
+    topology,
+)
+from cute_fmha.kernels.blackwell.plan import Features  # noqa: E402
+
+BF16, FP16 = torch.bfloat16, torch.float16
+LENGTHS = [0, 1, 63, 64, 65, 1000]
+SKIP = SkipSoftmax(threshold=math.exp(-20.0))
+
+policies = pytest.mark.parametrize(
+    "policy", harness.POLICIES, ids=lambda policy: f"{policy.mode}{policy.seed or ''}"
+)
+
+
+def kernel_of(case: Any, features: dict[str, Any] | None = None, **changes: Any) -> MlaDecode:
+    page = case.kv_cache.shape[1]
+    plan = MlaPlan(
+        case.q.shape[-1], 512, case.q.dtype, case.q.dtype,
+        harness.features_of(case, **(features or {})), page_size=page,
+    )  # fmt: skip
+    return MlaDecode(replace(plan, **changes))
+
+
+@policies
+def test_lengths(policy):
+    """Also several sequences on a CTA: phases carry over from one work tile to the next."""
+    case = harness.case_of(64, 1, LENGTHS)
+    harness.verify(kernel_of(case), case, policy)
+    harness.verify(kernel_of(case), case, policy, ctas=3)
+
+
+@policies
+def test_new_tokens_in_small_pages(policy):
+    """Causal order among three new tokens of 40 heads: row blocks begin inside of a token."""
+    options = {"window": (100, 0), "softcap": 5.0, "sink": True}
+    case = harness.case_of(40, 3, [2, 70, 300], page_size=16, dtype=FP16, **options)
+    harness.verify(kernel_of(case), case, policy, ctas=2)
+
+
+@policies
+def test_skip(policy):
+    case = harness.case_of(64, 1, [65, 640, 1000], gap=40.0)
+    kernel = kernel_of(case, {"skip": True, "count": True})
+    result = harness.verify(kernel, case, policy, skip=SKIP, ctas=2)
+    assert result.stats[0] > 5
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("heads", [17, 33, 64])
+@pytest.mark.parametrize("seqlen_q", [1, 2, 4])
+def test_pages(page_size, heads, seqlen_q):
+    case = harness.case_of(heads, seqlen_q, LENGTHS, page_size=page_size)
+    for policy in harness.POLICIES:
+        harness.verify(kernel_of(case), case, policy)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sink": True},
+        {"softcap": 5.0},
+        {"window": (70, 0)},
+        {"window": (0, 0), "sink": True},
+        {"causal": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [576, 512])
+def test_options(options, width):
+    case = harness.case_of(48, 2, LENGTHS, width=width, dtype=FP16, **options)
+    for policy in harness.POLICIES:
+        harness.verify(kernel_of(case), case, policy)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("on_device", [False, True])
+def test_threshold(relative, on_device):
+    """λ, or the factor that λ is over the length, as a number and from device memory."""
+    case = harness.case_of(64, 2, [640, 640], gap=40.0, seed=1)
+    value: Any = 640 * math.exp(-20.0) if relative else math.exp(-20.0)
+    if on_device:
+        value = torch.tensor([value])
+    name = "threshold_scale_factor" if relative else "threshold"
+    features = {"skip": True, "count": True, "skip_relative": relative, "skip_tensor": on_device}
+    for policy in harness.POLICIES:
+        harness.verify(kernel_of(case, features), case, policy, skip=SkipSoftmax(**{name: value}))
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("threshold", [0.0, 8.0])
+def test_growing_scores(threshold):
+    """The maximum rises by more than the rescale threshold, over and over."""
+    case = harness.case_of(64, 1, [700], std=1.0)
+    pages = case.block_table[0, :11].tolist()
+    for n, page in enumerate(pages):
+        case.kv_cache[page] *= 0.1 + 0.2 * n
+    for policy in harness.POLICIES:
+        harness.verify(kernel_of(case, rescale_threshold=threshold), case, policy)
+
+
+def test_plan():
+    plan = MlaPlan(576, 512, BF16, BF16, Features())
+    assert plan.shared_bytes <= 227 << 10
+    assert (plan.q_tmem_units, plan.q_shared_units) == (7, 2)
+    assert [(r.name, r.start, r.end) for r in plan.tmem.regions] == [
+        ("O", 0, 256), ("S", 256, 288), ("Q", 288, 512),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="shared memory"):
+        replace(plan, stages=6)
+    with pytest.raises(ValueError, match="4 halves at least"):
+        replace(plan, stages=3)
+    counts = {b.name: topology(plan).arrivals(b.name) for b in topology(plan).barriers}
+    assert counts["p_ready"] == counts["s_empty"] == 4
+    assert counts["k_empty"] == counts["pv_done"] == counts["k_full"] == 1
+
+
+def test_what_can_be_implemented():
+    plain = Problem("mla_decode", "paged", False, BF16, BF16, 2, 1, 512, 64, 1, 576, 512, 64)
+    b200 = Target("cuda", 100, 148)
+    assert can_implement(plain, b200) is None
+    assert can_implement(replace(plain, head_dim=512, page_size=16, sink=True), b200) is None
+    refused: dict[str, dict[str, Any]] = {
+        "got attention|no attention": {"op": "attention"},
+        "torch.float32": {"dtype": torch.float32},
+        r"got \(256, 256\)": {"head_dim": 256, "head_dim_v": 256},
+        "got 48": {"page_size": 48},
+        "2 splits": {"num_splits": 2},
+        "epilogue 'fp8'": {"epilogue": "fp8"},
+    }
+    for reason, changes in refused.items():
+        assert re.search(reason, can_implement(replace(plain, **changes), b200) or "")
+    assert "10.0 or 10.3" in (can_implement(plain, Target("cuda", 90, 132)) or "")

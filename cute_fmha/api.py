@@ -219,26 +219,31 @@ def _outputs(
     out: Any,
     op: EpilogueOp,
     head_dim_v: int,
-    lse_shape: tuple[int, ...],
-    return_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """(out, second output of the op, lse): those given, checked, and new ones for the others."""
+    per_row_shape: tuple[int, ...],
+    **per_row: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
+    """(out, second output of the op, the FP32 results per row that are wanted, by name): those
+    given, checked, and new ones for the others."""
     shape = (*q.shape[:-1], op.out_columns(head_dim_v))
     out_dtype = op.out_dtype(q.dtype)
     tokens = q.shape[0] if q.dim() == 3 else q.shape[0] * q.shape[1]
     spec = op.extra(tokens, q.shape[-2], head_dim_v)
-    lse: torch.Tensor | None = None
+    names = [name for name, wanted in per_row.items() if wanted]
     extra: torch.Tensor | None = None
     # With two outputs `out` alone is a pair of tensors already.
     if isinstance(out, tuple) and (spec is None or (out and isinstance(out[0], tuple))):
         _require(
-            return_lse and len(out) == 2, "out", "a tuple", "(out, lse) together with return_lse"
-        )
-        out, lse = out
-        _check_tensor("out[1] (lse)", lse, q, torch.float32, lse_shape, "LSE", False)
-        _require(lse.is_contiguous(), "out[1] (lse) strides", lse.stride(), "contiguous")
-    elif return_lse:
-        lse = q.new_empty(lse_shape, dtype=torch.float32)
+            len(names) > 0 and len(out) == 1 + len(names), "out", f"a tuple of {len(out)}",
+            "as the call returns it: (out, lse) together with return_lse",
+        )  # fmt: skip
+        out, *given = out
+        results = dict(zip(names, given, strict=True))
+        for index, (name, tensor) in enumerate(results.items(), start=1):
+            place = f"out[{index}] ({name})"
+            _check_tensor(place, tensor, q, torch.float32, per_row_shape, name, False)
+            _require(tensor.is_contiguous(), f"{place} strides", tensor.stride(), "contiguous")
+    else:
+        results = {name: q.new_empty(per_row_shape, dtype=torch.float32) for name in names}
     if spec is not None:
         if out is None:
             allocate = q.new_zeros if spec.zeroed else q.new_empty
@@ -254,7 +259,7 @@ def _outputs(
         out = q.new_empty(shape, dtype=out_dtype)
     else:
         _check_tensor("out", out, q, out_dtype, shape, "[..., Hq, columns]")
-    return out, extra, lse
+    return out, extra, results
 
 
 def _check_query(q: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
@@ -419,7 +424,8 @@ def attention(
     skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
     lse_shape = (q.shape[1], q.shape[0]) if packed_q else (batch, q.shape[2], q.shape[1])
     op, tensors = _resolve_epilogue(epilogue, q, v.shape[-1])
-    result, extra, lse = _outputs(q, out, op, v.shape[-1], lse_shape, return_lse)
+    result, extra, per_row = _outputs(q, out, op, v.shape[-1], lse_shape, lse=return_lse)
+    lse = per_row.get("lse")
     torch.ops.cute_fmha.attention(
         q, k, v, result, lse, workspace, counters, extra, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
         block_table, seqused_k, mask, mask_m, mask_n, sink, skip_tensor,
@@ -446,8 +452,9 @@ def mla_decode(
     stats: SkipStats | None = None,
     epilogue: EpilogueOp | None = None,
     return_lse: bool = False,
+    return_max_logits: bool = False,
     num_splits: int | None = None,
-    out: torch.Tensor | tuple[Any, torch.Tensor] | None = None,
+    out: torch.Tensor | tuple[Any, ...] | None = None,
     workspace: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
@@ -465,11 +472,15 @@ def mla_decode(
         head_dim_v: width of the value, 512.
         scale: None is 1/√(q width); a DeepSeek model passes its own, 1/√192 times its YaRN factor.
         causal: order the Sq new tokens (bottom-right aligned).
+        return_max_logits: also return every row's largest logit: the maximum over its keys of
+            ``cap(scale · q k)``, sinks left out.
         window, sink, softcap, skip, stats, epilogue, return_lse, num_splits, out, workspace,
             backend: as for `attention`.
 
     Returns:
-        ``out`` ``[B, Sq, Hq, head_dim_v]``, or ``(out, lse)`` with FP32 ``lse`` ``[B, Hq, Sq]``.
+        ``out`` ``[B, Sq, Hq, head_dim_v]``, or a tuple of ``out`` and what was asked for of ``lse``
+        and ``max_logits``, in this order, FP32 ``[B, Hq, Sq]``. Both are −inf where a row has
+        nothing to attend to (an LSE with a sink is the sink).
 
     Raises:
         ValueError: an argument is out of range; the message names it and what is allowed.
@@ -493,14 +504,16 @@ def mla_decode(
     _check_tensor("cache_seqlens", cache_seqlens, q, torch.int32, (batch,), "[B]")
     left, right = _resolve_window(window, causal)
     skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
-    lse_shape = (batch, q.shape[2], q.shape[1])
     op, tensors = _resolve_epilogue(epilogue, q, head_dim_v)
-    result, extra, lse = _outputs(q, out, op, head_dim_v, lse_shape, return_lse)
+    result, extra, per_row = _outputs(
+        q, out, op, head_dim_v, (batch, q.shape[2], q.shape[1]), lse=return_lse,
+        max_logits=return_max_logits,
+    )  # fmt: skip
     torch.ops.cute_fmha.mla_decode(
-        q, kv_cache, result, lse, workspace, counters, extra, block_table, cache_seqlens,
-        head_dim_v, sink, skip_tensor, _resolve_scale(scale, width), left, right,
-        _resolve_softcap(softcap), skip_on,
-        skip_value, skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values, backend,
+        q, kv_cache, result, per_row.get("lse"), per_row.get("max_logits"), workspace, counters,
+        extra, block_table, cache_seqlens, head_dim_v, sink, skip_tensor,
+        _resolve_scale(scale, width), left, right, _resolve_softcap(softcap), skip_on, skip_value,
+        skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values, backend,
     )  # fmt: skip
     result = op.result(result, extra)
-    return result if lse is None else (result, lse)
+    return (result, *per_row.values()) if per_row else result

@@ -22,7 +22,8 @@ class Call:
     """One attention call: the static problem, its tensors and its run-time values.
 
     For ``mla_decode`` ``k`` is the latent cache and ``v`` a view of its leading columns.
-    ``lse``, ``workspace``, ``stats`` and the metadata tensors are None where not asked for.
+    ``lse``, ``max_logits`` (``mla_decode`` only), ``workspace``, ``stats`` and the metadata tensors
+    are None where not asked for.
     ``skip_value`` is λ (or the factor when ``skip_relative``), superseded by ``skip_tensor``.
     ``extra`` is the second output of an epilogue that has one, ``parameters`` its tensors and
     numbers.
@@ -34,6 +35,7 @@ class Call:
     v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor | None
+    max_logits: torch.Tensor | None
     workspace: torch.Tensor | None
     stats: torch.Tensor | None
     extra: torch.Tensor | None
@@ -68,7 +70,8 @@ _lib.define(
 )
 _lib.define(
     "mla_decode(Tensor q, Tensor kv_cache, Tensor(a!) out, Tensor(b!)? lse, "
-    "Tensor(c!)? workspace, Tensor(d!)? stats, Tensor(e!)? extra, Tensor block_table, "
+    "Tensor(c!)? max_logits, Tensor(d!)? workspace, Tensor(e!)? stats, Tensor(f!)? extra, "
+    "Tensor block_table, "
     "Tensor cache_seqlens, int head_dim_v, " + _TAIL,
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -117,7 +120,7 @@ def _attention(
     )
     dispatch.run(
         Call(
-            problem, q, k, v, out, lse, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k,
+            problem, q, k, v, out, lse, None, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k,
             block_table, seqused_k, sink, block_mask, skip_tensor, scale, softcap, skip_value,
             skip_relative, resolve(epilogue), (*epilogue_tensors, *epilogue_values),
         ),
@@ -126,9 +129,9 @@ def _attention(
 
 
 def _mla_decode(
-    q, kv_cache, out, lse, workspace, stats, extra, block_table, cache_seqlens, head_dim_v, sink,
-    skip_tensor, scale, window_left, window_right, softcap, skip, skip_value, skip_relative,
-    num_splits, epilogue, epilogue_tensors, epilogue_values, backend,
+    q, kv_cache, out, lse, max_logits, workspace, stats, extra, block_table, cache_seqlens,
+    head_dim_v, sink, skip_tensor, scale, window_left, window_right, softcap, skip, skip_value,
+    skip_relative, num_splits, epilogue, epilogue_tensors, epilogue_values, backend,
 ):  # fmt: skip
     problem = Problem(
         op="mla_decode",
@@ -158,9 +161,10 @@ def _mla_decode(
     )
     dispatch.run(
         Call(
-            problem, q, kv_cache, kv_cache[..., :head_dim_v], out, lse, workspace, stats,
-            extra, None, None, block_table, cache_seqlens, sink, None, skip_tensor, scale, softcap,
-            skip_value, skip_relative, resolve(epilogue), (*epilogue_tensors, *epilogue_values),
+            problem, q, kv_cache, kv_cache[..., :head_dim_v], out, lse, max_logits, workspace,
+            stats, extra, None, None, block_table, cache_seqlens, sink, None, skip_tensor, scale,
+            softcap, skip_value, skip_relative, resolve(epilogue),
+            (*epilogue_tensors, *epilogue_values),
         ),
         backend,
     )  # fmt: skip

@@ -51,6 +51,7 @@ class OracleResult:
     """What a tile-by-tile replay gives.
 
     out, lse: as `attention_reference` returns them.
+    max_logits: every row's largest logit, shaped like lse; −inf where it has none.
     skipped, total: KV tiles skipped by skip-softmax, and tiles left after exact skipping.
     margin: the smallest distance, in natural-log score units, between any tile's best gap
         ``max over rows of tile_max − running_max`` and ln λ. Where it is well above rounding error,
@@ -59,6 +60,7 @@ class OracleResult:
 
     out: torch.Tensor
     lse: torch.Tensor
+    max_logits: torch.Tensor
     skipped: int
     total: int
     margin: float
@@ -96,7 +98,7 @@ class _Rules:
 @dataclass(frozen=True)
 class _Sequence:
     """One sequence, cut to its length: q ``[Lq, Hq, D]``, k ``[Lk, Hkv, D]``, v ``[Lk, Hkv, Dv]``,
-    and the views its results go to, out ``[Lq, Hq, Dv]`` and lse ``[Hq, Lq]``."""
+    and the views its results go to, out ``[Lq, Hq, Dv]``, lse and max_logits ``[Hq, Lq]``."""
 
     index: int
     q: torch.Tensor
@@ -104,6 +106,7 @@ class _Sequence:
     v: torch.Tensor
     out: torch.Tensor
     lse: torch.Tensor
+    max_logits: torch.Tensor
 
     @property
     def group(self) -> int:
@@ -164,18 +167,19 @@ def _gather_pages(cache: torch.Tensor, pages: torch.Tensor, length: int) -> torc
     return cache[used].flatten(0, 1)
 
 
-def _sequences(inputs: _Inputs, out: torch.Tensor, lse: torch.Tensor) -> Iterator[_Sequence]:
-    """Each sequence of the batch; ``out`` is shaped like q, ``lse`` as `attention` returns it."""
+def _sequences(inputs: _Inputs, out: torch.Tensor, *per_row: torch.Tensor) -> Iterator[_Sequence]:
+    """Each sequence of the batch; ``out`` is shaped like q, lse and max_logits as `attention`
+    returns an LSE."""
     q_bounds = None if inputs.cu_seqlens_q is None else inputs.cu_seqlens_q.tolist()
     k_bounds = None if inputs.cu_seqlens_k is None else inputs.cu_seqlens_k.tolist()
     used = None if inputs.seqused_k is None else inputs.seqused_k.tolist()
     batch = inputs.q.shape[0] if q_bounds is None else len(q_bounds) - 1
     for index in range(batch):
         if q_bounds is None:
-            q, out_rows, lse_rows = inputs.q[index], out[index], lse[index]
+            q, out_rows, results = inputs.q[index], out[index], [x[index] for x in per_row]
         else:
             rows = slice(q_bounds[index], q_bounds[index + 1])
-            q, out_rows, lse_rows = inputs.q[rows], out[rows], lse[:, rows]
+            q, out_rows, results = inputs.q[rows], out[rows], [x[:, rows] for x in per_row]
         if inputs.block_table is not None:
             assert used is not None
             pages = inputs.block_table[index]
@@ -188,7 +192,7 @@ def _sequences(inputs: _Inputs, out: torch.Tensor, lse: torch.Tensor) -> Iterato
             k, v = inputs.k[index], inputs.v[index]
         if used is not None:
             k, v = k[: used[index]], v[: used[index]]
-        yield _Sequence(index, q, k, v, out_rows, lse_rows)
+        yield _Sequence(index, q, k, v, out_rows, *results)
 
 
 def _fold(x: torch.Tensor, group: int) -> torch.Tensor:
@@ -303,6 +307,7 @@ def _attend(sequence: _Sequence, rules: _Rules, dtype: torch.dtype) -> None:
         out, lse = _finish(state, rows, rules.sink)
         sequence.out[first:last] = _unfold(out, group)
         sequence.lse[:, first:last] = _unfold(lse[..., None], group)[..., 0].T
+        sequence.max_logits[:, first:last] = _unfold(state.peak[..., None], group)[..., 0].T
 
 
 def _ln_threshold(skip: SkipSoftmax | None, length_k: int) -> float | None:
@@ -396,11 +401,13 @@ def _replay(
             )
             for split in range(plan.num_splits)
         ]  # fmt: skip
-        results.append(_finish(_merge(parts), rows, rules.sink))
+        state = _merge(parts)
+        results.append((*_finish(state, rows, rules.sink), state.peak))
     if results:
-        sequence.out[:] = _unfold(torch.cat([out for out, _ in results], 1), group)
-        lse = torch.cat([lse for _, lse in results], 1)
+        out, lse, peak = (torch.cat(column, 1) for column in zip(*results, strict=True))
+        sequence.out[:] = _unfold(out, group)
         sequence.lse[:] = _unfold(lse[..., None], group)[..., 0].T
+        sequence.max_logits[:] = _unfold(peak[..., None], group)[..., 0].T
 
 
 def _evaluate(
@@ -415,13 +422,14 @@ def _evaluate(
     packed = inputs.cu_seqlens_q is not None
     lse_shape = (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1])
     lse = q.new_full(lse_shape, _NEG_INF, dtype=dtype)
+    max_logits = torch.full_like(lse, _NEG_INF)
     counts = _Counts()
-    for sequence in _sequences(inputs, out, lse):
+    for sequence in _sequences(inputs, out, lse, max_logits):
         if plan is None:
             _attend(sequence, rules, dtype)
         else:
             _replay(sequence, rules, plan, dtype, counts)
-    return OracleResult(out, lse, counts.skipped, counts.total, counts.margin)
+    return OracleResult(out, lse, max_logits, counts.skipped, counts.total, counts.margin)
 
 
 def _make_rules(
@@ -558,7 +566,7 @@ def can_implement(problem: Problem, target: Target) -> str | None:
 
 @torch.no_grad()
 def run(call: Call) -> None:
-    """Write ``call.out`` and ``call.lse``, add to ``call.stats``; FP32 throughout.
+    """Write what ``call`` asks for, add to ``call.stats``; FP32 throughout.
 
     Reads lengths on the host, so it synchronises and cannot be captured in a CUDA graph. Without
     skip-softmax and counting ``num_splits`` has no effect: nothing is split.
@@ -593,5 +601,7 @@ def run(call: Call) -> None:
     call.out.copy_(stored)
     if call.lse is not None:
         call.lse.copy_(result.lse)
+    if call.max_logits is not None:
+        call.max_logits.copy_(result.max_logits)
     if call.stats is not None:
         call.stats.add_(torch.tensor([result.skipped, result.total], device=call.stats.device))

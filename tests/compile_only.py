@@ -168,7 +168,7 @@ def _call(variant: Variant) -> None:
     if variant.shape == "mla":
         q = torch.empty(4, 1, variant.heads, variant.dim, dtype=dtype)
         cache = torch.empty(64, variant.page_size, 1, variant.dim, dtype=dtype)
-        mla_decode(q, cache, table, used, **options)
+        mla_decode(q, cache, table, used, return_max_logits=variant.stats, **options)
         return
     rows = 512 if variant.shape == "prefill" else 1
     q = torch.empty(4, rows, variant.heads, variant.dim, dtype=dtype)

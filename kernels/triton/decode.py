@@ -33,12 +33,14 @@ from cute_fmha.kernels.triton.primitives import (
     attend,
     count_tiles,
     kv_tile_ranges,
+    largest_logit,
     load_query,
     normalise,
     query_rows,
     sequence_base,
     sequence_bounds,
     split_tile_range,
+    store_per_row,
     store_rows,
 )
 
@@ -47,8 +49,8 @@ COMBINE_ELEMENTS = tl.constexpr(plan.COMBINE_ELEMENTS)
 
 @triton.jit
 def _combine(
-    program, q_start, length_q, batch, kv_head, row_begin, out, lse, out_strides, lse_strides,
-    sink, group, counters, row_stats, partials, epilogue,
+    program, q_start, length_q, batch, kv_head, row_begin, out, lse, max_logits, out_strides,
+    lse_strides, sink, group, counters, row_stats, partials, epilogue,
     NUM_SPLITS: tl.constexpr, TILES: tl.constexpr, DIMS: tl.constexpr, PACKED: tl.constexpr,
     COMBINE_ROWS: tl.constexpr, SPLIT_BLOCK: tl.constexpr, EPILOGUE: tl.constexpr,
 ):  # fmt: skip
@@ -97,18 +99,23 @@ def _combine(
             row_sum = row_sum * alpha + tl.sum(sums * weight, axis=1)
             acc = acc * alpha[:, None] + tl.sum(o * weight[:, :, None], axis=1)
             row_max = new_max
+        positions = (q_start + rows // group).to(tl.int64)
+        store_per_row(
+            largest_logit(row_max, row_sum), positions, live, batch, head, max_logits, lse_strides,
+            PACKED,
+        )  # fmt: skip
         if sink is not None:
             acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(sink + head))
         result, row_lse = normalise(acc, row_max, row_sum)
         store_rows(
-            result, row_lse, (q_start + rows // group).to(tl.int64), live, batch, head, out,
+            result, row_lse, positions, live, batch, head, out,
             out_strides, lse, lse_strides, epilogue, PACKED, DV, EPILOGUE,
         )  # fmt: skip
 
 
 @triton.jit
 def decode_kernel(
-    q, k, v, out, lse,
+    q, k, v, out, lse, max_logits,
     q_strides, k_strides, v_strides, out_strides, lse_strides,
     sequences, paging, window, scores, skip, stats, sizes, workspace, epilogue,
     TILES: tl.constexpr, DIMS: tl.constexpr, WINDOWED: tl.constexpr, LATENT: tl.constexpr,
@@ -179,6 +186,10 @@ def decode_kernel(
         if stats is not None:
             count_tiles(stats, skipped, total)
         if NUM_SPLITS == 1:
+            store_per_row(
+                largest_logit(row_max, row_sum), rows, live, batch, head, max_logits, lse_strides,
+                PACKED,
+            )  # fmt: skip
             if scores[2] is not None:
                 acc, row_max, row_sum = add_sink(acc, row_max, row_sum, tl.load(scores[2] + head))
             result, row_lse = normalise(acc, row_max, row_sum)
@@ -205,8 +216,9 @@ def decode_kernel(
         if NUM_SPLITS > 1:
             _combine(
                 program, q_start, length_q, batch, kv_head, row_begin, out, lse,
-                out_strides, lse_strides, scores[2], group, counters, row_stats, partials,
-                epilogue, NUM_SPLITS, TILES, DIMS, PACKED, COMBINE_ROWS, SPLIT_BLOCK, EPILOGUE,
+                max_logits, out_strides, lse_strides, scores[2], group, counters, row_stats,
+                partials, epilogue, NUM_SPLITS, TILES, DIMS, PACKED, COMBINE_ROWS, SPLIT_BLOCK,
+                EPILOGUE,
             )  # fmt: skip
             combine_programs = work_tiles * (TILE_M // COMBINE_ROWS)
             if tl.atomic_add(counters + 1, 1, sem="acq_rel") == combine_programs - 1:

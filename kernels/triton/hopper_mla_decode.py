@@ -360,7 +360,7 @@ def _fetch_queries(
 
 @gluon.jit
 def _left_partition(
-    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, lse, stats,
+    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, per_row, stats,
     HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
     GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -428,13 +428,13 @@ def _left_partition(
     row_sum += maxima[1].load(S_ROWS)
     place, target = _reload(facts, place, target)
     store_half(
-        acc, row_max, row_sum, skipped, hi - lo, place, target, sink, lse, stats, 0, NUM_SPLITS
+        acc, row_max, row_sum, skipped, hi - lo, place, target, sink, per_row, stats, 0, NUM_SPLITS
     )
 
 
 @gluon.jit
 def _right_partition(
-    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, lse, stats,
+    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, per_row, stats,
     HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
     GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -504,13 +504,15 @@ def _right_partition(
     _signal(announced[1])
     row_sum += left_sum
     place, target = _reload(facts, place, target)
-    store_half(acc, row_max, row_sum, skipped, 0, place, target, sink, lse, stats, HALF, NUM_SPLITS)
+    store_half(
+        acc, row_max, row_sum, skipped, 0, place, target, sink, per_row, stats, HALF, NUM_SPLITS
+    )
 
 
 @gluon.jit
 def hopper_mla_decode_kernel(
-    q, cache, latent, rope, out, lse, q_strides, cache_strides, out_strides, lse_strides, table,
-    table_stride, page_size, lengths, window, scores, skip, stats, sizes, workspace,
+    q, cache, latent, rope, out, per_row, q_strides, cache_strides, out_strides, lse_strides,
+    table, table_stride, page_size, lengths, window, scores, skip, stats, sizes, workspace,
     WINDOWED: gl.constexpr, HAS_ROPE: gl.constexpr, SKIP: gl.constexpr,
     SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr,
     SPLIT_BLOCK: gl.constexpr, GATHER: gl.constexpr,
@@ -538,7 +540,7 @@ def hopper_mla_decode_kernel(
         place = (row_begin, work_tile * NUM_SPLITS + split, arrivals, row_stats, partials)
         target = (batch, length_q * group, group, out, out_strides, lse_strides)
         _main(
-            q, cache, latent, rope, lse, q_strides, cache_strides,
+            q, cache, latent, rope, per_row, q_strides, cache_strides,
             table + batch.to(gl.int64) * table_stride, page_size,
             gl.load(lengths + batch), length_q, split, window, scores, skip, stats, place, target,
             WINDOWED, HAS_ROPE, SKIP, SKIP_RELATIVE, NUM_SPLITS, GATHER,
@@ -553,7 +555,7 @@ def hopper_mla_decode_kernel(
             target = (batch, length_q * group, group, out, out_strides, lse_strides)
             first = (program % (ROWS // COMBINE_ROWS)) * COMBINE_ROWS
             combine(
-                work_tile, first, place, target, scores[2], lse, NUM_SPLITS, COMBINE_ROWS,
+                work_tile, first, place, target, scores[2], per_row, NUM_SPLITS, COMBINE_ROWS,
                 SPLIT_BLOCK,
             )  # fmt: skip
             combine_programs = work_tiles * (ROWS // COMBINE_ROWS)
@@ -566,8 +568,8 @@ def hopper_mla_decode_kernel(
 
 @gluon.jit
 def _main(
-    q, cache, latent, rope, lse, q_strides, cache_strides, table, page_size, length_k, length_q,
-    split, window, scores, skip, stats, place, target,
+    q, cache, latent, rope, per_row, q_strides, cache_strides, table, page_size, length_k,
+    length_q, split, window, scores, skip, stats, place, target,
     WINDOWED: gl.constexpr, HAS_ROPE: gl.constexpr, SKIP: gl.constexpr,
     SKIP_RELATIVE: gl.constexpr, NUM_SPLITS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
@@ -632,10 +634,10 @@ def _main(
         gl.warp_specialize(
             [
                 (_left_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
                     GATHER)),
                 (_right_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
                     GATHER)),
                 (_gather_partition, (cache, cache_strides, k, k_rope, full, empty, block_range,
                     table, page_size, length_k, HAS_ROPE)),
@@ -647,10 +649,10 @@ def _main(
         gl.warp_specialize(
             [
                 (_left_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
                     GATHER)),
                 (_right_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], lse, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
+                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
                     GATHER)),
                 (_load_partition, (latent, rope, k, k_rope, full, empty, block_range, table,
                     page_size, HAS_ROPE)),

@@ -52,14 +52,20 @@ def skip_threshold(skip_tensor, skip_value, length_k, RELATIVE: gl.constexpr):
 
 @gluon.jit
 def store_rows(
-    acc, row_max, row_sum, rows, columns, target, sink, lse, STORE_LSE: gl.constexpr,
+    acc, row_max, row_sum, rows, columns, target, sink, per_row, STORE_PER_ROW: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Sink, normalise, and store rows (any layout) of the output and their LSE."""
+    """Sink, normalise, and store rows (any layout) of the output and what is asked of ``per_row``:
+    (LSE, largest logit before the sink)."""
+    lse, max_logits = per_row
     batch, live_rows, group, out, out_strides, lse_strides = target
     live = rows < live_rows
     position = (rows // group).to(gl.int64)
     head = rows % group
+    index = batch.to(gl.int64) * lse_strides[0] + head.to(gl.int64) * lse_strides[1] + position
+    if max_logits is not None and STORE_PER_ROW:
+        largest = gl.where(row_sum == 0.0, float("-inf"), row_max * LN_2)
+        gl.store(max_logits + index, largest, mask=live)
     if sink is not None:
         sink_log2 = gl.load(sink + head) * LOG2_E
         joint_max = gl.maximum(row_max, sink_log2)
@@ -73,14 +79,13 @@ def store_rows(
     out_row = gl.convert_layout(out_row + head * out_strides[2], gl.SliceLayout(1, LAYOUT))
     mask = gl.convert_layout(live, gl.SliceLayout(1, LAYOUT))[:, None]
     gl.store(out_row[:, None] + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
-    if lse is not None and STORE_LSE:
-        lse_row = lse + batch.to(gl.int64) * lse_strides[0] + head.to(gl.int64) * lse_strides[1]
-        gl.store(lse_row + position, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
+    if lse is not None and STORE_PER_ROW:
+        gl.store(lse + index, (row_max + gl.log2(row_sum)) * LN_2, mask=live)
 
 
 @gluon.jit
 def store_half(
-    acc, row_max, row_sum, skipped, total, place, target, sink, lse, stats,
+    acc, row_max, row_sum, skipped, total, place, target, sink, per_row, stats,
     FIRST_COLUMN: gl.constexpr, NUM_SPLITS: gl.constexpr,
 ):  # fmt: skip
     """One half of O: to the output (one split), or with m and l to the workspace (several)."""
@@ -95,8 +100,8 @@ def store_half(
             gl.atomic_add(stats + 1, total.to(gl.int64), sem="relaxed")
     if NUM_SPLITS == 1:
         store_rows(
-            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, FIRST_COLUMN == 0,
-            O_LAYOUT,
+            acc, row_max, row_sum, row_begin + lane, columns, target, sink, per_row,
+            FIRST_COLUMN == 0, O_LAYOUT,
         )  # fmt: skip
     else:
         base = slot.to(gl.int64) * ROWS
@@ -112,7 +117,7 @@ def store_half(
 
 @gluon.jit
 def combine(
-    work_tile, first, place, target, sink, lse,
+    work_tile, first, place, target, sink, per_row,
     NUM_SPLITS: gl.constexpr, COMBINE_ROWS: gl.constexpr, SPLIT_BLOCK: gl.constexpr,
 ):  # fmt: skip
     """Reduce COMBINE_ROWS rows of one work tile, once both halves of every split arrived."""
@@ -152,5 +157,6 @@ def combine(
             acc = acc * alpha[:, None] + gl.sum(o * weight[:, :, None], axis=1)
             row_max = new_max
         store_rows(
-            acc, row_max, row_sum, row_begin + lane, columns, target, sink, lse, True, out_layout
-        )
+            acc, row_max, row_sum, row_begin + lane, columns, target, sink, per_row, True,
+            out_layout,
+        )  # fmt: skip

@@ -102,19 +102,21 @@ def run(call: Call) -> None:
         hopper_prefill.run(call)
         return
     main, rest = head_dim_parts(problem.head_dim)
+    # LSE and max_logits are contiguous and of one shape.
     lse_strides: tuple[int, ...] = (0, 0)
-    if call.lse is not None:
-        lse_strides = (0, call.lse.stride(0)) if call.lse.dim() == 2 else call.lse.stride()[:2]
+    per_row = call.lse if call.lse is not None else call.max_logits
+    if per_row is not None:
+        lse_strides = (0, per_row.stride(0)) if per_row.dim() == 2 else per_row.stride()[:2]
     sequences = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k)
     paging: tuple[torch.Tensor | None, int, int] = (None, 0, 0)
     if call.block_table is not None:
         paging = (call.block_table, call.block_table.stride(0), problem.page_size)
     softcap = call.softcap if problem.softcap else None
     function, epilogue = epilogue_arguments(call)
-    tensors = (
-        call.q, call.k, call.v, kernel_view(call.out), call.lse, _row_strides(call.q),
-        _row_strides(call.k), _row_strides(call.v), _row_strides(call.out), lse_strides, sequences,
-        paging,
+    tensors = call.q, call.k, call.v, kernel_view(call.out), call.lse
+    places = (
+        _row_strides(call.q), _row_strides(call.k), _row_strides(call.v), _row_strides(call.out),
+        lse_strides, sequences, paging,
     )  # fmt: skip
     options = {
         "window": (problem.window_left, problem.window_right),
@@ -142,7 +144,9 @@ def run(call: Call) -> None:
             mask, mask_blocks = expanded, (expanded.stride(), *problem.block_mask)
         sizes = (problem.seqlen_q, problem.seqlen_k, problem.heads_q, problem.group)
         grid = (plan.tiles_m(problem) * problem.heads_q, problem.batch)
-        prefill_kernel[grid](*tensors, mask=mask, mask_blocks=mask_blocks, sizes=sizes, **options)
+        prefill_kernel[grid](
+            *tensors, *places, mask=mask, mask_blocks=mask_blocks, sizes=sizes, **options
+        )
         return
     if plan.kernel == "hopper_mla_decode":
         _run_hopper_mla_decode(call, plan, paging, lse_strides)
@@ -155,6 +159,8 @@ def run(call: Call) -> None:
         )
     decode_kernel[(programs,)](
         *tensors,
+        call.max_logits,
+        *places,
         sizes=(
             problem.seqlen_q, problem.seqlen_k, problem.heads_kv, problem.group, problem.batch
         ),
@@ -195,7 +201,7 @@ def _run_hopper_mla_decode(
         # Never touched with one split, but a Gluon tuple cannot hold None.
         workspace = (call.seqused_k,) * 3
     hopper_mla_decode_kernel[(programs,)](
-        call.q, call.k, latent, rope, call.out, call.lse, _row_strides(call.q),
+        call.q, call.k, latent, rope, call.out, (call.lse, call.max_logits), _row_strides(call.q),
         tuple(stride // 8 for stride in _row_strides(call.k)), _row_strides(call.out), lse_strides,
         *paging, call.seqused_k,
         (problem.window_left, problem.window_right),

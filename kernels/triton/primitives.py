@@ -116,17 +116,21 @@ def load_query(rows, live, DIMS: tl.constexpr):
 def cap_scores(s, softcap, PRECISE: tl.constexpr):
     """``c · tanh(s / c)`` for natural-unit ``s``, in log2 units.
 
-    PRECISE: near 0 the exponential form is off by c · 2⁻²⁴, which float32 inputs would show; a
-    series to the 11th power takes its place there.
+    PRECISE: the exponential form is off by c · 2⁻²⁴ whatever s is, which float32 inputs would show
+    up to tanh 0.5; there a series to the 19th power takes its place, and beyond it the form is
+    used with a positive argument, where its fraction is below 1.
     """
-    e = tl.exp2(s * (2.0 * LOG2_E / softcap))
-    tanh = 1.0 - 2.0 / (e + 1.0)
     if PRECISE:
         x = s / softcap
         z = x * x
-        series = 62.0 / 2835.0 + z * (-1382.0 / 155925.0)
+        series = 6404582.0 / 10854718875.0 + z * (-443861162.0 / 1856156927625.0)
+        series = 21844.0 / 6081075.0 + z * (-929569.0 / 638512875.0 + z * series)
+        series = 62.0 / 2835.0 + z * (-1382.0 / 155925.0 + z * series)
         series = 1.0 + z * (-1.0 / 3.0 + z * (2.0 / 15.0 + z * (-17.0 / 315.0 + z * series)))
-        tanh = tl.where(z < 0.09, x * series, tanh)
+        far = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2_E)) + 1.0)
+        tanh = tl.where(z < 0.36, x * series, tl.where(x < 0.0, -far, far))
+    else:
+        tanh = 1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2_E / softcap)) + 1.0)
     return (softcap * LOG2_E) * tanh
 
 
@@ -295,6 +299,23 @@ def normalise(acc, row_max, row_sum):
 
 
 @triton.jit
+def largest_logit(row_max, row_sum):
+    """The natural-unit maximum of the rows' scores; −inf without a visible key. Sinks join later:
+    they are not among the logits."""
+    return tl.where(row_sum == 0.0, float("-inf"), row_max * LN_2)
+
+
+@triton.jit
+def store_per_row(values, rows, live, batch, head, target, strides, PACKED: tl.constexpr):
+    """FP32 ``values`` of ``rows`` to ``target`` (None: nowhere), ``[B, Hq, Sq]`` or packed."""
+    if target is not None:
+        target_rows = target + head.to(tl.int64) * strides[1]
+        if not PACKED:
+            target_rows += batch.to(tl.int64) * strides[0]
+        tl.store(target_rows + rows, values, mask=live)
+
+
+@triton.jit
 def store_rows(
     result, row_lse, rows, live, batch, head, out, out_strides, lse, lse_strides, epilogue,
     PACKED: tl.constexpr, DV: tl.constexpr, EPILOGUE: tl.constexpr,
@@ -312,11 +333,7 @@ def store_rows(
     out_rows = query_rows(out, out_strides, batch, rows, head, PACKED)
     mask = live[:, None] & (columns < DV * result.shape[1] // WIDTH)[None, :]
     tl.store(out_rows[:, None] + columns[None, :], result.to(out.dtype.element_ty), mask=mask)
-    if lse is not None:
-        lse_rows = lse + head.to(tl.int64) * lse_strides[1]
-        if not PACKED:
-            lse_rows += batch.to(tl.int64) * lse_strides[0]
-        tl.store(lse_rows + rows, row_lse, mask=live)
+    store_per_row(row_lse, rows, live, batch, head, lse, lse_strides, PACKED)
 
 
 @triton.jit

@@ -56,6 +56,27 @@ def recorded_arguments(case: Case, monkeypatch: pytest.MonkeyPatch, **call: Any)
     return getattr(torch.ops.cute_fmha, name).default, arguments
 
 
+@pytest.mark.parametrize("wanted", [{}, {"return_lse": True}])
+def test_max_logits(wanted, monkeypatch):
+    case = CASES["mla"]()
+    arguments = case.q, case.kv_cache, case.block_table, case.cache_seqlens
+
+    def call(*tensors):
+        return cute_fmha.mla_decode(
+            *tensors, **case.common, **wanted, return_max_logits=True, backend="reference"
+        )
+
+    expected = call(*arguments)
+    assert len(expected) == 2 + len(wanted)
+    for got, want in zip(compiled(call)(*arguments), expected, strict=True):
+        assert torch.equal(got, want)
+    seen: list[tuple[Any, ...]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.ops.cute_fmha, "mla_decode", lambda *given: seen.append(given))
+        call(*arguments)
+    torch.library.opcheck(torch.ops.cute_fmha.mla_decode.default, *seen)
+
+
 @cases
 @pytest.mark.parametrize("counting", [False, True])
 def test_opcheck(make, counting, monkeypatch):
@@ -112,7 +133,8 @@ def test_opcheck_with_an_epilogue(make, epilogue, monkeypatch):
 def test_schema_declares_every_written_argument(name):
     schema = getattr(torch.ops.cute_fmha, name).default._schema
     written = [a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write]
-    assert written == ["out", "lse", "workspace", "stats", "extra"]
+    mla = ["max_logits"] if name == "mla_decode" else []
+    assert written == ["out", "lse", *mla, "workspace", "stats", "extra"]
     assert list(schema.returns) == []
 
 

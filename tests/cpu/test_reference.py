@@ -240,6 +240,28 @@ def test_rows_without_keys():
     assert lse[0, :, 2:].isfinite().all()
 
 
+def test_max_logits_by_definition():
+    """The largest capped logit of every row, sinks left out; −inf where it sees no key."""
+    options = Options(scale=0.7, causal=True, softcap=3.0, sink=True)
+    case = mla_case(3, [70, 2, 0, 33], 16, 5, options=options, source=Source(std=1.0))
+    out, largest = cute_fmha.mla_decode(
+        case.q, case.kv_cache, case.block_table, case.cache_seqlens, **case.common,
+        return_max_logits=True, backend="reference",
+    )  # fmt: skip
+    assert torch.equal(out, case.run(backend="reference")[0])
+    for b, length in enumerate(case.cache_seqlens.tolist()):
+        pages = case.block_table[b, : -(-length // 16)].long()
+        keys = case.kv_cache[pages].flatten(0, 1)[:length, 0].double()
+        products = torch.einsum("qhd,kd->hqk", case.q[b].double(), keys)
+        logits = torch.full((5, 3, length + 1), -math.inf, dtype=torch.float64)
+        logits[..., :length] = 3.0 * torch.tanh(0.7 / 3.0 * products)
+        logits[..., :length].masked_fill_(
+            torch.arange(length) > torch.arange(3)[:, None] + length - 3, -math.inf
+        )
+        expected = logits.amax(-1).float()
+        torch.testing.assert_close(largest[b], expected, rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("sink", [3.0, -200.0, 800.0, -math.inf])
 def test_sink_of_rows_without_keys(sink):
     case = dense_case(1, 4, 2, GQA, Options(causal=True), FP64)

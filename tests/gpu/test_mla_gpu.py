@@ -139,6 +139,19 @@ def test_rows_with_gaps():
     assert torch.equal(lse, expected[1])
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+@pytest.mark.parametrize("heads", [16, 128])
+def test_max_logits(kernels, heads, num_splits):
+    case = mla_case(2, LENGTHS, 64, heads, 576, Options(causal=True, sink=True), BF16)
+    out, lse, largest = mla_decode(
+        case.q, case.kv_cache, case.block_table, case.cache_seqlens, **case.common,
+        return_lse=True, return_max_logits=True, num_splits=num_splits, backend="triton",
+    )  # fmt: skip
+    check(case, out, lse)
+    expected = case.oracle(tiles_of(kernels[-1][1])).max_logits
+    torch.testing.assert_close(largest.double(), expected, rtol=1e-6, atol=1e-5)
+
+
 def test_total_tiles(kernels):
     """Without skipping, the counters give the tiles that exact skipping leaves; same bits."""
     case = mla_case(1, LENGTHS, 64, 16, 576, CAUSAL, BF16)

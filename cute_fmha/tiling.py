@@ -57,3 +57,25 @@ def split_tile_range(begin, end, split, num_splits):
     lo = begin + count * split // num_splits
     hi = begin + count * (split + 1) // num_splits
     return lo, hi
+
+
+def tiles_before_cut(position, count, overhead, least):
+    """Tiles of a work tile with ``count`` of them that lie before a cut at cost ``position`` of it.
+
+    A work tile costs ``overhead`` (in tiles) to begin, then one for each tile. A cut that would
+    leave a piece of fewer than ``least`` tiles moves to the near end. The result grows with
+    ``position`` from 0 to ``count`` and depends on nothing else, so that both sides of a cut agree.
+    """
+    tiles = 0
+    if position > 0:
+        if position - overhead >= least:
+            tiles = position - overhead
+        if tiles + least > count:
+            tiles = count
+    return tiles
+
+
+def equal_share(total, workers, overhead, least):
+    """Cost that each of ``workers`` takes of ``total``: all the same, and two neighbouring cuts are
+    far enough apart for a piece of ``least`` tiles between them."""
+    return max((total + workers - 1) // workers, overhead + least)

@@ -273,3 +273,14 @@ def barrier_any(
         "=r,r,r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
     return Int32(result) != 0
+
+
+@dsl_user_op
+def load_floats(address: Int64, *, loc=None, ip=None) -> list[Float32]:
+    """ld.global.v4.f32: 16 bytes, aligned, that another CTA may have written in this launch."""
+    result = _asm(
+        "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];",
+        [T.f32()] * 4, [Int64(address).ir_value(loc=loc, ip=ip)], "=f,=f,=f,=f,l", effects=True,
+        loc=loc, ip=ip,
+    )  # fmt: skip
+    return _floats(result, 4, loc, ip)

@@ -12,7 +12,6 @@ mPartial, scalars, ctas)``; see `arguments`. Every extent and stride is dynamic.
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -124,14 +123,15 @@ def build(kernel: Any, **options: Any) -> Any:
     return compile_kernel(kernel, *tensors, scalars_of(case), Int32(1), **options)
 
 
-@functools.cache
-def _compiled(kind: Any, plan: Any) -> Any:
-    return build(kind(plan))
+_compiled: dict[tuple[type, Any], Any] = {}
 
 
 def compiled(kernel: Any) -> Any:
     """`build`, once per class and plan."""
-    return _compiled(type(kernel), kernel.plan)
+    key = (type(kernel), kernel.plan)
+    if key not in _compiled:
+        _compiled[key] = build(kernel)
+    return _compiled[key]
 
 
 def arguments(

@@ -267,6 +267,6 @@ def run(
     if before is not None:
         counters, partial = before.counters, before.partial
     tensors = (problem.scores, problem.values, problem.lengths, out, lse, pieces, counters, partial)
-    values = Values(*map(Int32, window), Int32(num_splits))
+    values = Values(Int32(window[0]), Int32(window[1]), Int32(num_splits))
     report = emulate(compiled(kernel), *map(tensor, tensors), values, Int32(workers), policy=policy)
     return Outcome(out, lse, pieces, counters, partial, report)

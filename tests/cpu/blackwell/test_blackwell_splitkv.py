@@ -16,13 +16,17 @@ fake = pytest.importorskip("splitkv_kernel")
 
 from cute_fmha.kernels.blackwell.worklist import Cut, Cutting  # noqa: E402
 
-# With few CTAs on the machine nobody may wait for a partial result, with many everybody does.
+# With few CTAs on the machine nobody may wait for a partial result, with many everybody does. Who
+# waits for ever runs out of steps.
 POLICIES = [
-    Policy("eager"),
-    Policy("lazy", resident=64),
-    Policy("random", seed=1, resident=64, slice=40),
-    Policy("random", seed=2, resident=7, slice=40),
-    Policy("random", seed=3, resident=1),
+    Policy(mode, seed=seed, resident=resident, slice=steps, max_steps=30_000_000)
+    for mode, seed, resident, steps in (
+        ("eager", 0, 4, 256),
+        ("lazy", 0, 64, 256),
+        ("random", 1, 64, 40),
+        ("random", 2, 7, 40),
+        ("random", 3, 1, 256),
+    )
 ]
 policies = pytest.mark.parametrize(
     "policy", POLICIES, ids=lambda policy: f"{policy.mode}{policy.seed or ''}"
@@ -44,7 +48,7 @@ def work_counts(lengths, seqlen_q, heads, rows, tile_n, window=(-1, -1)):
         for first in range(0, seqlen_q * heads, rows):
             last = min(first + rows, seqlen_q * heads) - 1
             begin, _, _, end = kv_tile_ranges(
-                first // heads, last // heads + 1, seqlen_q, length, *window, tile_n
+                first // heads, last // heads + 1, seqlen_q, length, window[0], window[1], tile_n
             )
             counts.append(end - begin)
     return counts
@@ -56,7 +60,7 @@ def pieces_by_share(counts, workers, overhead, least):
     pieces, at = [], 0
     for count in counts:
         cuts = [0]
-        own = []
+        own: list[tuple[int, int, int]] = []
         for worker in range(at // share, (at + count + overhead - 1) // share + 1):
             low, high = cuts[-1], before_cut((worker + 1) * share - at, count, overhead, least)
             if low < high or (count == 0 and not own):

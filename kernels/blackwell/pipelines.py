@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
 
@@ -145,7 +145,11 @@ class Barriers:
         return Barriers(self.topology, new_from_mlir_values(self.base, values), self.role)
 
     def of(self, role: str) -> Barriers:
-        return Barriers(self.topology, self.base, role)
+        """As ``role`` sees them, from an address of its own: one for all roles lives from the entry
+        of the kernel on and is spilled where one of them is short of registers."""
+        address = ptx.opaque(self.base.toint())
+        base = cute.make_ptr(Int64, address, cute.AddressSpace.smem, assumed_align=8)
+        return Barriers(self.topology, base, role)
 
     def at(self, name: str, index: Any = 0) -> Any:
         """Pointer to the ``index``-th mbarrier of ``name``."""

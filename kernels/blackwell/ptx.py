@@ -40,6 +40,16 @@ def _names(first: int, count: int) -> str:
 
 
 @dsl_user_op
+def opaque(value: Int32, *, loc=None, ip=None) -> Int32:
+    """mov.b32, as a new value of which the compiler knows nothing and which it moves nowhere."""
+    result = _asm(
+        "mov.b32 $0, $1;", [T.i32()], [Int32(value).ir_value(loc=loc, ip=ip)], "=r,r",
+        effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+@dsl_user_op
 def tcgen05_fence_before(*, loc=None, ip=None) -> None:
     """tcgen05.fence::before_thread_sync: own tcgen05 operations before a later arrive."""
     nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)

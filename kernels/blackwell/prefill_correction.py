@@ -1,0 +1,125 @@
+"""The correction warpgroup and the epilogue warp of `prefill`: the way of O after the MMA."""
+
+from __future__ import annotations
+
+import math
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+
+from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
+from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.prefill_operands import SKIPPED, Global, Scalars, Shared, tmem_row
+from cute_fmha.kernels.blackwell.prefill_work import Work
+from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
+
+LN2 = math.log(2.0)
+
+
+@cute.jit
+def correction(
+    plan: Plan, work: Work, store: Store, mem: Global, shared: Shared, scalars: Scalars,
+    tmem: cute.Pointer, barriers: Barriers,
+):  # fmt: skip
+    """Keeps O consistent with the running maximum; at the end normalises it.
+
+    Reads: sScale, sMax, O. Writes: O, the chunk buffers, LSE.
+    Waits: scale_full, o_full, chunk_empty. Signals: p_ready, scale_empty, chunk_full.
+    Registers: 80."""
+    thread = cute.arch.thread_idx()[0] % 128
+    scale_phase = [Int32(0) for _ in range(plan.q_tiles)]
+    o_phase = [Int32(0) for _ in range(plan.q_tiles)]
+    chunk = Cursor(plan.o_stages)
+    first_work, works, step = work.indices()
+    for index in cutlass.range(first_work, works, step, unroll=1):
+        tile = work.tile(index)
+        first, end, q_tiles = work.keys(tile)
+        fresh = [Boolean(True) for _ in range(plan.q_tiles)]
+        for t in cutlass.range_constexpr(plan.q_tiles):
+            # O is free: the first P V overwrites it. Which tile that is, a skip decides.
+            if cutlass.const_expr(not plan.features.skip):  # noqa: SIM102
+                if q_tiles[t].any:
+                    barriers.arrive_tmem("p_ready", t)
+                    fresh[t] = Boolean(False)
+        n = first
+        while n < end:
+            for t in cutlass.range_constexpr(plan.q_tiles):
+                told = q_tiles[t].has(n)
+                if cutlass.const_expr(not plan.features.skip):
+                    told = told & (n > q_tiles[t].begin)
+                if told:
+                    barriers.wait_tmem("scale_full", scale_phase[t], t)
+                    scale_phase[t] = scale_phase[t] ^ 1
+                    fade = shared.sScale[thread, t]
+                    barriers.arrive("scale_empty", t)
+                    if cute.arch.vote_any_sync(fade != SKIPPED):
+                        # S(n) was complete when its fade was written, and P V (n − 1) before.
+                        if not fresh[t] and cute.arch.vote_any_sync(fade < 1.0):
+                            tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
+                            rescale(plan, tO, fade)
+                        fresh[t] = Boolean(False)
+                        barriers.arrive_tmem("p_ready", t)
+            n = tile.after(n)
+        for t in cutlass.range_constexpr(plan.q_tiles):
+            first_row = work.first_row(tile, t)
+            if first_row < tile.seqlen_q:
+                empty = fresh[t]
+                total, row_max = Float32(0.0), Float32(EMPTY)
+                if q_tiles[t].any:
+                    barriers.wait("scale_full", scale_phase[t], t)
+                    scale_phase[t] = scale_phase[t] ^ 1
+                    total = shared.sScale[thread, t]
+                    row_max = shared.sMax[thread, t]
+                    barriers.arrive("scale_empty", t)
+                    barriers.wait_tmem("o_full", o_phase[t], t)
+                    o_phase[t] = o_phase[t] ^ 1
+                maximum_log2 = row_max * scalars.scale_log2
+                left = Float32(1.0)
+                if cutlass.const_expr(plan.features.sink):
+                    maximum_log2, total, left = with_sink(
+                        maximum_log2, total, mem.mSink[tile.head] * LOG2_E
+                    )
+                nothing = total == 0.0
+                scale = 0.0 if nothing else left * cute.arch.rcp_approx(total)
+                tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
+                chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
+                if cutlass.const_expr(plan.features.lse):
+                    lse = -Float32.inf
+                    if not nothing:
+                        lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+                    row = first_row + thread
+                    if row < tile.seqlen_q:
+                        mem.mLSE[tile.batch, tile.head, row] = lse
+
+
+def rescale(plan: Plan, tO: Int32, fade: Float32) -> None:
+    """O = fade · O, 16 columns at a time."""
+    width = 16
+    for c in range(0, plan.head_dim_v, width):
+        part = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
+        ptx.tcgen05_store(tO + c, scaled(part, fade))
+    ptx.tcgen05_wait_store()
+
+
+@cute.jit
+def epilogue(
+    plan: Plan, work: Work, store: Store, mem: Global, shared: Shared, barriers: Barriers
+):  # fmt: skip
+    """Reads: the chunk buffers. Writes: O in global memory by TMA.
+    Waits: chunk_full. Signals: chunk_empty. Registers: 48."""
+    chunk = Cursor(plan.o_stages)
+    first_work, works, step = work.indices()
+    for index in cutlass.range(first_work, works, step, unroll=1):
+        tile = work.tile(index)
+        # (ROWS, CHUNK, ROW_TILE, CHUNKS)
+        gO = cute.local_tile(tile.queries(mem.mO), (plan.tile_m, plan.chunk), (None, None))
+        for t in cutlass.range_constexpr(plan.q_tiles):
+            if work.first_row(tile, t) < tile.seqlen_q:
+                row_tile = tile.block * plan.q_tiles + t
+                chunk = store.consume(
+                    mem.tma_o, gO[None, None, row_tile, None], shared.sO, barriers, chunk
+                )
+    cute.arch.cp_async_bulk_wait_group(0)

@@ -1,0 +1,105 @@
+"""The MMA warp of `prefill`."""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Int32
+
+from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.mma import (
+    Operand,
+    instruction_descriptor,
+    multiply_shared,
+    multiply_tmem,
+)
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
+from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.prefill_load import decision
+from cute_fmha.kernels.blackwell.prefill_operands import DTYPES, Mmas, Shared
+from cute_fmha.kernels.blackwell.prefill_work import Work
+
+
+@cute.jit
+def mma(
+    plan: Plan, work: Work, mmas: Mmas, shared: Shared, tmem: cute.Pointer, barriers: Barriers
+):  # fmt: skip
+    """Reads: sQ, sK, sV, P. Writes: S, O in TMEM.
+    Waits: q_full, k_full, v_full, p_ready, p_last, decided.
+    Signals: q_empty, k_empty, v_empty, s_full, o_full. Registers: 48."""
+    dtype = DTYPES[plan.dtype]
+    qk, pv = mmas.qk.get_slice(0), mmas.pv.get_slice(0)
+    # (MMA, MMA_M, MMA_K, TILE), (MMA, MMA_N, MMA_K, STAGE) twice
+    q = Operand.of(qk.make_fragment_A(shared.sQ))
+    k_tiles = Operand.of(qk.make_fragment_B(shared.sK))
+    v_tiles = Operand.of(pv.make_fragment_B(shared.sV))
+    columns = tmem.toint()
+    tS, tP, tO = (
+        [columns + plan.tmem[f"{name}{t}"].start for t in range(plan.q_tiles)]
+        for name in ("S", "P", "O")
+    )
+    qk_kind = instruction_descriptor(dtype, plan.tile_m, plan.tile_n, False)
+    pv_kind = instruction_descriptor(dtype, plan.tile_m, plan.head_dim_v, True)
+    steps = range(plan.tile_n // 16)
+    split = len(steps) * 3 // 4
+    q_phase = Int32(0)
+    p_phase = [Int32(0) for _ in range(plan.q_tiles)]
+    decisions = [Int32(0) for _ in range(plan.q_tiles)]
+    k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
+    first_work, works, step = work.indices()
+    for index in cutlass.range(first_work, works, step, unroll=1):
+        tile = work.tile(index)
+        first, end, q_tiles = work.keys(tile)
+        if end > first:
+            for t in cutlass.range_constexpr(plan.q_tiles):
+                barriers.wait("q_full", q_phase, t)
+            q_phase = q_phase ^ 1
+            fresh = [Boolean(True) for _ in range(plan.q_tiles)]
+            # P V of tile n and Q Kᵀ of the tile that is coming; the first time only the latter, of
+            # which the compiler must not know, or it makes a copy of the loop for it.
+            n, coming = ptx.opaque(Int32(-1)), ptx.opaque(first)
+            while n < end:
+                v_used = Boolean(False)
+                for t in cutlass.range_constexpr(plan.q_tiles):
+                    if q_tiles[t].has(n):
+                        keep = Boolean(True)
+                        if cutlass.const_expr(plan.features.skip):
+                            keep = decision(shared, barriers, t, decisions[t])
+                            decisions[t] = decisions[t] + 1
+                        if keep:
+                            if not v_used:
+                                barriers.wait("v_full", v.phase, v.index)
+                            v_used = Boolean(True)
+                            barriers.wait_tmem("p_ready", p_phase[t], t)
+                            v_tile = v_tiles.tile(v.index)
+                            multiply_tmem(
+                                tO[t], tP[t], v_tiles, v_tile, pv_kind, steps[:split], not fresh[t]
+                            )
+                            barriers.wait_tmem("p_last", p_phase[t], t)
+                            multiply_tmem(
+                                tO[t], tP[t], v_tiles, v_tile, pv_kind, steps[split:],
+                                Boolean(True),
+                            )  # fmt: skip
+                            fresh[t] = Boolean(False)
+                            p_phase[t] = p_phase[t] ^ 1
+                        if n == q_tiles[t].end - 1:
+                            barriers.commit("o_full", t)
+                    if cutlass.const_expr(t == 0):  # noqa: SIM102  (compile and run time)
+                        if coming < end:
+                            barriers.wait("k_full", k.phase, k.index)
+                    if q_tiles[t].has(coming):
+                        multiply_shared(
+                            tS[t], q, q.tile(t), k_tiles, k_tiles.tile(k.index), qk_kind
+                        )
+                        barriers.commit("s_full", t)
+                if v_used:
+                    barriers.commit("v_empty", v.index)
+                    v = v.next()
+                if coming < end:
+                    barriers.commit("k_empty", k.index)
+                    k = k.next()
+                if coming == end - 1:
+                    for t in cutlass.range_constexpr(plan.q_tiles):
+                        barriers.commit("q_empty", t)
+                n = coming
+                coming = tile.after(coming)

@@ -1,0 +1,79 @@
+"""What the roles of `prefill` work on: bundles of tensors, layouts and values."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32
+
+DTYPES = {
+    torch.float16: cutlass.Float16,
+    torch.bfloat16: cutlass.BFloat16,
+    torch.float32: cutlass.Float32,
+}
+
+SKIPPED = -1.0
+"""In place of a fade: the KV tile is skipped."""
+
+
+def tmem_row(tmem: Any, thread: Int32) -> Int32:
+    """TMEM address of the row that ``thread`` of a warpgroup may access: lanes are bits 16–31."""
+    return tmem.toint() + (thread // 32 << 21)
+
+
+class Mmas(NamedTuple):
+    """S = Q Kᵀ and O = P V."""
+
+    qk: cute.TiledMma
+    pv: cute.TiledMma
+
+
+class Global(NamedTuple):
+    """Global tensors as the TMA sees them, their copy atoms, and what is addressed directly."""
+
+    tma_q: cute.CopyAtom
+    mQ: cute.Tensor  # (SEQ_Q, D, HEAD_Q, BATCH)
+    tma_k: cute.CopyAtom
+    mK: cute.Tensor  # (SEQ_K, D, HEAD_KV, BATCH)
+    tma_v: cute.CopyAtom
+    mV: cute.Tensor  # (DV, SEQ_K, HEAD_KV, BATCH)
+    tma_o: cute.CopyAtom
+    mO: cute.Tensor  # (SEQ_Q, DV, HEAD_Q, BATCH)
+    mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
+    mSink: cute.Tensor  # (HEAD_Q,)
+    mSkip: cute.Tensor  # (1,): in place of the scalar
+    mStats: cute.Tensor  # (2,): KV tiles skipped, and all
+
+
+class Layouts(NamedTuple):
+    """Layouts of the shared buffers."""
+
+    sQ: cute.ComposedLayout
+    sK: cute.ComposedLayout
+    sV: cute.ComposedLayout
+    sO: cute.ComposedLayout
+
+
+class Scalars(NamedTuple):
+    """Run-time values."""
+
+    scale_log2: Float32  # scale · log2 e; with a softcap cap · log2 e
+    cap_inner: Float32  # scale / cap
+    window_left: Int32
+    window_right: Int32
+    skip: Float32  # λ, or the factor that λ is over the KV length
+
+
+class Shared(NamedTuple):
+    """Shared memory of a CTA."""
+
+    sQ: Any  # (MMA, MMA_M, MMA_K, TILE)
+    sK: Any  # (MMA, MMA_N, MMA_K, STAGE)
+    sV: Any  # (MMA, MMA_N, MMA_K, STAGE)
+    sO: Any  # (ROWS, CHUNK, STAGE)
+    sScale: Any  # (ROWS, TILE): fade of a KV tile, at the end the row sum
+    sMax: Any  # (ROWS, TILE): at the end the row maximum
+    sKeep: Any  # (2, TILE): whether a KV tile is kept

@@ -19,7 +19,7 @@ CLASSES = (
 FINDING_KINDS = (
     "race", "proxy", "uninitialised", "bounds", "alignment", "descriptor", "transaction", "parity",
     "barrier", "tmem", "divergence", "deadlock", "unmodelled", "pending load", "other",
-    "benign race",
+    "tcgen05 fence", "benign race",
 )  # fmt: skip
 
 
@@ -36,6 +36,8 @@ class Config(ctypes.Structure):
         ("stop_at_finding", ctypes.c_uint32),
         ("max_steps", ctypes.c_uint64),
         ("strict_cp_async", ctypes.c_uint32),
+        ("strict_tcgen05_fence", ctypes.c_uint32),
+        ("strict_scopes", ctypes.c_uint32),
     )
 
 

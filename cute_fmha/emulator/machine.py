@@ -61,8 +61,13 @@ class Policy:
     undefined before wait::ld. `races`: keep vector clocks and shadow memory (slower).
     `strict_cp_async`: the tensor core may read, and the async proxy may overwrite, what cp.async
     (generic proxy) wrote only after a fence.proxy.async, as the ISA has it; kernels of CUTLASS and
-    FlashAttention-4 do without, so this is off by default. `benign_races`: unordered plain stores
-    of equal bytes are findings; by default they are notes, though formally they are races.
+    FlashAttention-4 do without, so this is off by default. `strict_tcgen05_fence`: accesses to
+    tensor memory that other threads' synchronisation orders need tcgen05.fence::before_thread_sync
+    (or a commit) before and ::after_thread_sync behind it; no kernel of the peers has them.
+    `strict_scopes`: an mbarrier operation without a scope has .cta, as the ISA says, so that an
+    arrival from another CTA orders nothing; all peers' clusters do that. `benign_races`: unordered
+    plain stores of equal bytes are findings; by default they are notes, though formally they are
+    races.
     """
 
     mode: str = "eager"
@@ -76,6 +81,8 @@ class Policy:
     stop_at_finding: bool = False
     max_steps: int = 4_000_000_000
     strict_cp_async: bool = False
+    strict_tcgen05_fence: bool = False
+    strict_scopes: bool = False
     benign_races: bool = False
 
     def __post_init__(self) -> None:
@@ -98,6 +105,8 @@ class Policy:
             stop_at_finding=self.stop_at_finding,
             max_steps=self.max_steps,
             strict_cp_async=self.strict_cp_async,
+            strict_tcgen05_fence=self.strict_tcgen05_fence,
+            strict_scopes=self.strict_scopes,
         )
 
 

@@ -43,16 +43,19 @@ static Cta *pipe_of(Cta *cta, const Instr *in) {
 }
 
 /* The next slot whose last operation the issuer already knows to be over: two operations that share a
- * slot count as ordered, so sharing is harmless only then. If there is none, the next one in turn. */
-static int choose_slot(Cta *cta, const uint32_t *times, const Clock *issuer) {
+ * slot count as ordered, so sharing is harmless only then; the last tcgen05.st has to be in the view of
+ * the next. If there is none, the next one in turn. */
+static int choose_slot(Cta *cta, const CtaSync *sync, const Clock *issuer, bool store) {
     int first = cta->next_async, chosen = first;
+    const uint32_t *times = sync->slot_time;
     ClockPart *part = clock_part((Clock *)issuer, cta->id);
     for (int i = 0; i < SLOTS; i++) {
         int slot = first + i < SLOTS ? first + i : first + i - SLOTS;
-        if (!times[slot] || (part && part->seen[AGENT_ASYNC + slot] >= times[slot])) {
-            chosen = slot;
-            break;
-        }
+        if (times[slot] && !(part && part->seen[AGENT_ASYNC + slot] >= times[slot])) continue;
+        if (wide_clocks && store && times[slot] && part->view[AGENT_ASYNC + slot] < sync->slot_store[slot])
+            continue;
+        chosen = slot;
+        break;
     }
     cta->next_async = chosen + 1 < SLOTS ? chosen + 1 : 0;
     return chosen;
@@ -64,8 +67,10 @@ static int issue_slot(const Warp *warp, const Instr *in) {
     CtaSync *sync = sync_of(warp->cta);
     if (sync->last_issue.warp == warp && sync->last_issue.in == in && sync->last_issue.now == warp->now)
         return sync->last_issue.slot;
-    int slot = choose_slot(warp->cta, sync->slot_time, warp->agent.clock);
+    bool store = in->class_ == CLASS_TMEM_STORE;
+    int slot = choose_slot(warp->cta, sync, warp->agent.clock, store);
     sync->slot_time[slot] += ASYNC_STRIDE;
+    if (store) sync->slot_store[slot] = sync->slot_time[slot];
     sync->last_issue.warp = warp;
     sync->last_issue.in = in;
     sync->last_issue.now = warp->now;
@@ -88,7 +93,9 @@ AsyncOp *async_new(Warp *warp, const Instr *in, bool (*run)(Machine *, AsyncOp *
     if (tensor) {
         Cta *pipe = pipe_of(cta, in);
         if (races) {
+            tensor_view_own(&warp->agent);
             clock_join(&pipe->tensor_clock, warp->agent.clock);
+            clock_join_view(&pipe->tensor_clock, warp->agent.clock);
             ClockPart *own = clock_part_made(&pipe->tensor_clock, pipe->id);
             own->seen[AGENT_TENSOR] = (own->seen[AGENT_TENSOR] / ASYNC_STRIDE + 1) * ASYNC_STRIDE;
             clock_copy(&op->clock, &pipe->tensor_clock);
@@ -99,6 +106,7 @@ AsyncOp *async_new(Warp *warp, const Instr *in, bool (*run)(Machine *, AsyncOp *
         int slot = 0;
         if (races) {
             slot = issue_slot(warp, in);
+            tensor_view_own(&warp->agent);
             clock_copy(&op->clock, warp->agent.clock);
             clock_part_made(&op->clock, cta->id)->seen[AGENT_ASYNC + slot] = sync_of(cta)->slot_time[slot];
         }

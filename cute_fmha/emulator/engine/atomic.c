@@ -201,6 +201,7 @@ static bool decode_modifiers(Decode *d, Atomic *a, char *why, size_t n) {
         else { deny(why, n, "the modifier .%s is not modelled", p); return false; }
     }
     d->in->scope = (uint8_t)scope_of(d);
+    d->program->relaxed_memory |= !a->acquire && !a->release;
     a->space = (uint8_t)space;
     uint32_t size = (uint32_t)a->parts * a->packed * a->r.bytes;
     a->size = (uint8_t)size;
@@ -316,6 +317,7 @@ static Decoded decode_remote(Decode *d, bool store, char *why, size_t n) {
         return deny(why, n, "no such operation: %s", d->text);
     in->data = arena(d->program, sizeof a);
     memcpy(in->data, &a, sizeof a);
+    in->scope = SCOPE_CLUSTER;
     in->exec = exec_remote;
     in->class_ = store ? CLASS_SHARED : CLASS_ATOMIC;
     return DECODED;

@@ -155,8 +155,12 @@ static Status exec_cluster_arrive(Warp *warp, const Instr *in, uint32_t mask) {
                "warp %d arrives at the cluster barrier again before it waited for its last arrival",
                warp->index);
     bar->arrived_lanes[i] |= mask;
-    if (in->u[0]) release_relaxed(&bar->arriving, &warp->agent);
-    else release_to(&bar->arriving, &warp->agent);
+    if (in->u[0]) {
+        if (warp->program->narrow_scopes) release_relaxed(&bar->near[warp->cta->rank], &warp->agent, SCOPE_CTA);
+        release_relaxed(&bar->arriving, &warp->agent, SCOPE_CLUSTER);
+    } else {
+        release_to(&bar->arriving, &warp->agent);
+    }
     later(&bar->arriving_at, warp->now);
     if ((bar->arrived_lanes[i] & warp->live) == warp->live) {
         bar->arrived_lanes[i] = 0;
@@ -182,8 +186,14 @@ static Status exec_cluster_wait(Warp *warp, const Instr *in, uint32_t mask) {
         bar->waited_lanes[i] = 0;
         bar->waited[i]++;
     }
-    if (in->u[0]) acquire_relaxed(&warp->agent, &bar->complete);
-    else acquire_from(&warp->agent, &bar->complete);
+    const Clock *near = &bar->near[warp->cta->rank];
+    if (in->u[0]) {
+        acquire_relaxed(&warp->agent, &bar->complete, SCOPE_CLUSTER);
+        acquire_relaxed(&warp->agent, near, SCOPE_CTA);
+    } else {
+        acquire_from(&warp->agent, &bar->complete);
+        acquire_from(&warp->agent, near);
+    }
     later(&warp->now, bar->at);
     return NEXT;
 }

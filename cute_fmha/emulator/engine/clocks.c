@@ -3,9 +3,13 @@
  * A clock says, for every agent of every CTA it has heard of, up to which time that agent's actions
  * happened before. Parts are sorted by CTA; a launch without communication between clusters has as
  * many parts as a cluster has CTAs. With race detection off no agent ever ticks, all clocks stay empty
- * and everything here costs nothing.
+ * and everything here costs nothing. Clocks are wide only for launches in which that can tell anything.
  */
 #include "sync.h"
+
+bool wide_clocks;
+
+static size_t part_bytes(void) { return wide_clocks ? sizeof(ClockPart) : offsetof(ClockPart, order); }
 
 /* ---------------------------------------------------------------- clocks */
 static int part_position(const Clock *clock, uint32_t cta) { /* the first part not below cta */
@@ -38,33 +42,53 @@ ClockPart *clock_part_made(Clock *clock, uint32_t cta) {
     if (at < clock->n && clock->part[at].cta == cta) return &clock->part[at];
     reserve(clock, clock->n + 1);
     memmove(&clock->part[at + 1], &clock->part[at], (size_t)(clock->n - at) * sizeof *clock->part);
-    memset(&clock->part[at], 0, sizeof *clock->part);
+    memset(&clock->part[at], 0, part_bytes());
     clock->part[at].cta = cta;
     clock->n++;
     return &clock->part[at];
 }
 
-static void join_part(ClockPart *into, const ClockPart *from) {
-    for (int i = 0; i < AGENTS; i++)
-        into->seen[i] = into->seen[i] > from->seen[i] ? into->seen[i] : from->seen[i];
-    for (int i = 0; i < AGENTS; i++)
-        into->fenced[i] = into->fenced[i] > from->fenced[i] ? into->fenced[i] : from->fenced[i];
+static inline void latest(uint32_t *into, const uint32_t *from) {
+    for (int i = 0; i < AGENTS; i++) into[i] = into[i] > from[i] ? into[i] : from[i];
+}
+
+static ClockPart *same_part(Clock *into, const Clock *from, int i) { /* most clocks have the same parts */
+    uint32_t cta = from->part[i].cta;
+    return i < into->n && into->part[i].cta == cta ? &into->part[i] : clock_part_made(into, cta);
 }
 
 void clock_join(Clock *into, const Clock *from) {
     if (into == from) return;
     for (int i = 0; i < from->n; i++) {
         const ClockPart *part = &from->part[i];
-        ClockPart *mine = i < into->n && into->part[i].cta == part->cta ? &into->part[i]
-                                                                        : clock_part_made(into, part->cta);
-        join_part(mine, part);
+        ClockPart *mine = same_part(into, from, i);
+        latest(mine->seen, part->seen);
+        latest(mine->fenced, part->fenced);
+        if (!wide_clocks) continue;
+        latest(mine->order, part->order);
+        latest(mine->tensor, part->tensor);
     }
+}
+
+void clock_join_order(Clock *into, const Clock *from) {
+    for (int i = 0; wide_clocks && i < from->n; i++) {
+        const ClockPart *part = &from->part[i];
+        ClockPart *mine = same_part(into, from, i);
+        latest(mine->order, part->order);
+        latest(mine->order, part->seen);
+        latest(mine->tensor, part->tensor);
+    }
+}
+
+void clock_join_view(Clock *into, const Clock *from) {
+    for (int i = 0; wide_clocks && i < from->n; i++)
+        latest(same_part(into, from, i)->view, from->part[i].view);
 }
 
 void clock_copy(Clock *into, const Clock *from) {
     if (into == from) return;
     reserve(into, from->n);
-    if (from->n) memcpy(into->part, from->part, (size_t)from->n * sizeof *from->part);
+    for (int i = 0; i < from->n; i++) memcpy(&into->part[i], &from->part[i], part_bytes());
     into->n = from->n;
 }
 
@@ -75,11 +99,17 @@ void clock_free(Clock *clock) {
     *clock = (Clock){0};
 }
 
+static uint32_t ordered_until(const ClockPart *part, int agent) {
+    if (!part) return 0;
+    uint32_t seen = part->seen[agent], order = wide_clocks ? part->order[agent] : 0;
+    return seen > order ? seen : order;
+}
+
 bool clock_covers(const Clock *clock, const Clock *other) {
     for (int i = 0; i < other->n; i++) {
         ClockPart *mine = clock_part((Clock *)clock, other->part[i].cta);
         for (int a = 0; a < AGENTS; a++)
-            if (other->part[i].seen[a] > (mine ? mine->seen[a] : 0)) return false;
+            if (ordered_until(&other->part[i], a) > ordered_until(mine, a)) return false;
     }
     return true;
 }
@@ -109,6 +139,29 @@ void fence_proxy(Agent *agent) {
     agent_tick(agent); /* writes after the fence are not covered by it */
 }
 
+/* ---------------------------------------------------------------- fences of tcgen05
+ * An asynchronous tcgen05 instruction is ordered after an access of another thread if that thread executed
+ * before_thread_sync (or committed) since, something orders the two threads, and this one executed
+ * after_thread_sync since. What a thread has in view it may pass on: by then it has been waited for. */
+void tensor_view_own(Agent *agent) {
+    if (!wide_clocks) return;
+    uint32_t now = agent_time(agent);
+    clock_part(agent->clock, agent->cta->id)->view[agent->index] = now;
+}
+
+void tensor_fence_before(Agent *agent) {
+    if (!wide_clocks) return;
+    tensor_view_own(agent);
+    for (int i = 0; i < agent->clock->n; i++)
+        latest(agent->clock->part[i].tensor, agent->clock->part[i].view);
+    agent_tick(agent); /* later accesses are not covered */
+}
+
+void tensor_fence_after(Agent *agent) {
+    for (int i = 0; wide_clocks && i < agent->clock->n; i++)
+        latest(agent->clock->part[i].view, agent->clock->part[i].tensor);
+}
+
 /* ---------------------------------------------------------------- fences and relaxed operations
  * fence.acq_rel lets later relaxed or volatile writes of the thread release what came before the
  * fence, and makes what earlier relaxed reads saw happen before what follows the fence. A fence by one
@@ -134,14 +187,16 @@ void fence_memory(Agent *agent, Scope scope) {
     agent_tick(agent);
 }
 
-void release_relaxed(Clock *sync, Agent *agent) {
+void release_relaxed(Clock *sync, Agent *agent, Scope reach) {
     Fences *fences = agent->cta->machine->config.races ? fences_of(agent) : NULL;
-    for (int scope = 0; fences && scope < SCOPES; scope++) clock_join(sync, &fences->released[scope]);
+    for (int scope = 0; fences && scope <= (int)reach; scope++) clock_join(sync, &fences->released[scope]);
+    clock_join_order(sync, agent->clock);
 }
 
-void acquire_relaxed(Agent *agent, const Clock *sync) { /* any fence will do */
+void acquire_relaxed(Agent *agent, const Clock *sync, Scope reach) {
     Fences *fences = agent->cta->machine->config.races ? fences_of(agent) : NULL;
-    if (fences) clock_join(&fences->pending[SCOPE_CTA], sync);
+    if (fences) clock_join(&fences->pending[reach], sync);
+    clock_join_order(agent->clock, sync);
 }
 
 /* ---------------------------------------------------------------- clocks of atomics
@@ -213,6 +268,7 @@ void atomic_acquire(Agent *agent, Space space, const Cta *cta, uint64_t address,
         Fences *fences = fences_of(agent);
         if (acquire) acquire_from(agent, clock);
         else if (fences) clock_join(&fences->pending[of], clock);
+        clock_join_order(agent->clock, clock);
     }
 }
 
@@ -229,6 +285,8 @@ void atomic_release(Agent *agent, Space space, const Cta *cta, uint64_t address,
         if (fences->released[fenced].n)
             release_within(agent, space, cta, address, fenced > (int)scope ? (Scope)fenced : scope,
                            &fences->released[fenced]);
+    for (int of = (int)scope; wide_clocks && of <= narrowest(agent); of++)
+        clock_join_order(atomic_clock(agent, space, cta, address, (Scope)of, true), agent->clock);
     if (!release) return;
     release_within(agent, space, cta, address, scope, agent->clock);
     agent_tick(agent);

@@ -254,6 +254,7 @@ static bool has_pending(const Machine *machine, const Cluster *cluster) {
 static void free_cluster(Cluster *cluster) {
     clock_free(&cluster->barrier.arriving);
     clock_free(&cluster->barrier.complete);
+    for (int rank = 0; rank < cluster->n; rank++) clock_free(&cluster->barrier.near[rank]);
     for (int rank = 0; rank < cluster->n; rank++) free_cta(cluster->cta[rank]);
     free(cluster);
 }
@@ -373,6 +374,14 @@ void machine_tick(Machine *machine, bool (*tick)(uint64_t, uint64_t, uint64_t)) 
 
 void run_grid(Machine *machine);
 
+/* Whether order and memory may part ways, or tcgen05.fence tells more than what orders memory. */
+static bool clocks_may_differ(const Machine *machine) {
+    const Program *program = machine->program;
+    if (machine->config.strict_tcgen05_fence || machine->config.strict_scopes) return true;
+    if (program->relaxed_barriers || (program->tensor_fences && program->relaxed_memory)) return true;
+    return program->narrow_barriers && cluster_size(&machine->launch) > 1;
+}
+
 void machine_launch(Machine *machine, Program *program, const Launch *launch, const uint8_t *params) {
     machine->program = program;
     machine->launch = *launch;
@@ -381,6 +390,7 @@ void machine_launch(Machine *machine, Program *program, const Launch *launch, co
     if (program->param_bytes)
         machine_region(machine, (uint64_t)(uintptr_t)machine->params, program->param_bytes, "the parameters", 0);
     qsort(machine->regions, (size_t)machine->n_regions, sizeof *machine->regions, by_address);
+    wide_clocks = machine->config.races && clocks_may_differ(machine);
     machine->total_clusters = (uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2] / cluster_size(launch);
     machine->executed = zeroed((size_t)MAX_WARPS * (size_t)program->n, sizeof *machine->executed);
     run_grid(machine);

@@ -104,8 +104,7 @@ struct Instr {
     Program *program;
 };
 
-/* Narrower is larger. The scopes of mbarriers are not told apart: kernels arrive at the barriers of other
- * CTAs with the default one, which is .cta. */
+/* Narrower is larger. .sys is .gpu here: there is one. */
 typedef enum { SCOPE_GPU, SCOPE_CLUSTER, SCOPE_CTA, SCOPES } Scope;
 
 /* A mnemonic cut at its dots; modifiers with :: stay whole ("mbarrier::arrive::one"). */
@@ -135,6 +134,9 @@ struct Program {
     const char **register_names; /* by Operand.index, for messages */
     uint32_t launch_registers;   /* a thread's registers before any setmaxnreg, 0: unknown */
     bool narrow_scopes;          /* some instruction's scope is smaller than .gpu */
+    bool narrow_barriers;        /* some mbarrier operation names .cta */
+    bool relaxed_barriers;       /* some mbarrier operation is relaxed */
+    bool relaxed_memory, tensor_fences; /* some access is relaxed or volatile; there is a tcgen05.fence */
 };
 /* Scope of a memory operation or fence; a narrow one is remembered for the program. */
 static inline Scope scope_of(Decode *d) {
@@ -147,13 +149,21 @@ void *arena(Program *program, size_t bytes); /* zeroed, freed with the program *
 /* ---------------------------------------------------------------- vector clocks (clocks.c)
  * Agents of a CTA: its warps, its tensor pipe, and slots for asynchronous operations in flight. A part
  * holds what is known of one CTA's agents: `seen[a]`: everything agent a did up to that time happened
- * before; `fenced[a]`: its generic-proxy writes up to that time were made visible to the async proxy. */
+ * before; `fenced[a]`: its generic-proxy writes up to that time were made visible to the async proxy.
+ * The rest is kept in wide clocks only, where it can differ. `order[a]`, if later than seen: what a did
+ * came before in execution, which says nothing of memory (relaxed operations, scopes that are too narrow).
+ * `tensor[a]`: its tcgen05 accesses are before everything that a tcgen05.fence::after_thread_sync follows;
+ * `view[a]`: they are before the next tcgen05 access of the agent whose clock it is, and of no other. */
 enum { AGENT_TENSOR = MAX_WARPS, AGENT_ASYNC = MAX_WARPS + 1, AGENTS = 96 };
-typedef struct { uint32_t cta; uint32_t seen[AGENTS], fenced[AGENTS]; } ClockPart;
+typedef struct { uint32_t cta; uint32_t seen[AGENTS], fenced[AGENTS], order[AGENTS], tensor[AGENTS], view[AGENTS]; }
+    ClockPart;
+extern bool wide_clocks; /* of the launch under way */
 typedef struct { int n, capacity; ClockPart *part; } Clock;
 typedef struct { Cta *cta; int index; Clock *clock; } Agent; /* who: its own time is clock[cta].seen[index] */
 
-void clock_join(Clock *into, const Clock *from);
+void clock_join(Clock *into, const Clock *from);       /* all but view, which is not passed on */
+void clock_join_order(Clock *into, const Clock *from); /* what goes without saying anything of memory */
+void clock_join_view(Clock *into, const Clock *from);  /* between a thread and its tcgen05 operations */
 void clock_copy(Clock *into, const Clock *from);
 void clock_clear(Clock *clock); /* keeps the memory */
 void clock_free(Clock *clock);
@@ -161,6 +171,10 @@ void agent_tick(Agent *agent);  /* after every release: later actions are newer 
 static inline void release_to(Clock *sync, Agent *agent) { clock_join(sync, agent->clock); agent_tick(agent); }
 static inline void acquire_from(Agent *agent, const Clock *sync) { clock_join(agent->clock, sync); }
 void fence_proxy(Agent *agent); /* fence.proxy.async: fenced := seen */
+/* tcgen05.fence::before_thread_sync (a commit has one), ::after_thread_sync; what is issued now is its own. */
+void tensor_fence_before(Agent *agent);
+void tensor_fence_after(Agent *agent);
+void tensor_view_own(Agent *agent);
 
 typedef enum { GENERIC_PROXY, ASYNC_PROXY } Proxy;
 /* Record an access, check it against earlier ones (data race, missing proxy fence) and, for reads,
@@ -179,9 +193,10 @@ void shadow_new_cta(Cta *cta);
 void shadow_free_cta(Cta *cta);         /* also frees the CTA's mbarrier objects and the clocks of its named barriers */
 void shadow_free_machine(Machine *machine); /* at the end of a launch: global shadow and clocks of atomics */
 void fence_memory(Agent *agent, Scope scope); /* fence.acq_rel, fence.sc, membar: see clocks.c */
-/* Release and acquire through an object (mbarrier ...) with .relaxed operations: only fences give them effect. */
-void release_relaxed(Clock *sync, Agent *agent);
-void acquire_relaxed(Agent *agent, const Clock *sync);
+/* Release and acquire through an object (mbarrier ...) with .relaxed operations: only fences give them effect,
+ * those whose scope is no narrower than `reach`. */
+void release_relaxed(Clock *sync, Agent *agent, Scope reach);
+void acquire_relaxed(Agent *agent, const Clock *sync, Scope reach);
 
 /* ---------------------------------------------------------------- asynchronous operations (async.c)
  * An operation is created by its instruction, submitted, and run once by the policy. Operations that
@@ -222,6 +237,7 @@ typedef struct MBarrier {
     int64_t tx;               /* bytes expected minus bytes arrived */
     uint32_t phase;           /* completed phases */
     Clock arriving, complete; /* of the phase under way, of the last completed one */
+    Clock far_arriving, far_complete; /* in wide clocks: released by other CTAs, for waits of .cluster scope */
     double arriving_at, complete_at;
     bool valid;
     const Instr *initialised_by;
@@ -238,6 +254,7 @@ typedef struct { uint32_t expected, arrived; uint32_t phase; Clock arriving, com
                  bool everyone; /* no thread count was given */ } NamedBarrier;
 typedef struct { uint32_t arrived[MAX_CLUSTER * MAX_WARPS]; uint32_t waited[MAX_CLUSTER * MAX_WARPS];
                  uint32_t phase; Clock arriving, complete; double at, arriving_at;
+                 Clock near[MAX_CLUSTER]; /* what fences of .cta scope released: for the CTA's own warps */
                  uint32_t arrived_lanes[MAX_CLUSTER * MAX_WARPS], waited_lanes[MAX_CLUSTER * MAX_WARPS]; } ClusterBarrier;
 /* A warp has exited: the barriers that waited for it alone complete. */
 void barrier_warp_exited(Warp *warp);
@@ -270,6 +287,7 @@ struct Warp {
     /* tcgen05.ld results not yet waited for: `undefined until wait::ld` if strict */
     uint32_t *tmem_loads; int n_tmem_loads, c_tmem_loads;
     int tmem_stores;             /* tcgen05.st in flight */
+    uint32_t tensor_loaded;      /* the warp's time at its last tcgen05.ld */
     AsyncOp *last_tmem_store;
     void *tmem_traffic;          /* its tcgen05.ld and st under way (tmem.c) */
     void *groups;                /* cp.async and bulk groups by lane (copy.c) */
@@ -317,7 +335,7 @@ typedef struct { uint64_t address, bytes; const char *name; bool writable; void 
 typedef enum { FINDING_RACE, FINDING_PROXY, FINDING_UNINITIALISED, FINDING_BOUNDS, FINDING_ALIGNMENT,
                FINDING_DESCRIPTOR, FINDING_TRANSACTION, FINDING_PARITY, FINDING_BARRIER, FINDING_TMEM,
                FINDING_DIVERGENCE, FINDING_DEADLOCK, FINDING_UNMODELLED, FINDING_PENDING_LOAD, FINDING_OTHER,
-               FINDING_BENIGN_RACE, FINDINGS } FindingKind;
+               FINDING_TENSOR_FENCE, FINDING_BENIGN_RACE, FINDINGS } FindingKind;
 typedef struct { int kind; uint32_t pc, other_pc; int cta, warp; uint32_t count; bool fatal; char text[480]; } Finding;
 
 typedef enum { POLICY_EAGER, POLICY_LAZY, POLICY_RANDOM } Policy;
@@ -331,6 +349,8 @@ typedef struct {
     uint32_t stop_at_finding;                     /* the launch ends with the first finding */
     uint64_t max_steps;                           /* 0: unlimited */
     uint32_t strict_cp_async;                     /* cp.async's data: tcgen05 needs a fence to read, TMA to overwrite */
+    uint32_t strict_tcgen05_fence;                /* tcgen05 accesses of several threads need tcgen05.fence */
+    uint32_t strict_scopes;                       /* mbarrier operations without a scope have .cta */
 } Config;
 typedef struct { uint32_t grid[3], block[3], cluster[3], dynamic_shared; } Launch;
 

@@ -3,6 +3,12 @@
  * A phase completes when no arrival and no byte is missing. Its clock joins what every arrival released;
  * a wait that sees the phase completed acquires it. A failed try_wait blocks its warp until the phase
  * is over or the scheduler lets it time out once.
+ *
+ * Scopes: a wait is for a barrier of the own CTA, so that a thread of another CTA synchronises with it only
+ * if its arrival and the wait are both of .cluster scope. What such arrivals release is kept apart (`far`)
+ * where it makes a difference. What TMA and the tensor core signal always reaches the waiting CTA. Without
+ * a scope, .cta is meant; but kernels arrive at the barriers of other CTAs so (CuTe DSL gives no way to
+ * name another), which is .cluster here unless strict_scopes says otherwise.
  */
 #include "sync.h"
 
@@ -46,6 +52,8 @@ void barrier_free_cta(Cta *cta) {
         if (!bar) continue;
         clock_free(&bar->arriving);
         clock_free(&bar->complete);
+        clock_free(&bar->far_arriving);
+        clock_free(&bar->far_complete);
         free(bar);
         cta->mbarriers[i] = NULL;
     }
@@ -94,6 +102,8 @@ static bool initialise(Warp *warp, const Instr *in, Cta *cta, uint32_t offset, u
     access_mbarrier(&warp->agent, cta, offset, MBARRIER_INIT, GENERIC_PROXY, in);
     clock_clear(&bar->arriving);
     clock_clear(&bar->complete);
+    clock_clear(&bar->far_arriving);
+    clock_clear(&bar->far_complete);
     ((Watched *)bar)->tested = 0;
     bar->cta = cta;
     bar->offset = offset;
@@ -150,6 +160,8 @@ static void complete_phase(Machine *machine, MBarrier *bar, const Agent *agent, 
     Watched *watched = (Watched *)bar;
     clock_join(&bar->complete, &bar->arriving);
     clock_clear(&bar->arriving);
+    clock_join(&bar->far_complete, &bar->far_arriving);
+    clock_clear(&bar->far_arriving);
     if (bar->arriving_at > bar->complete_at) bar->complete_at = bar->arriving_at;
     bar->phase++;
     bar->pending = (int32_t)bar->expected;
@@ -202,12 +214,37 @@ void barrier_cta_exited(Cta *cta, const Warp *last) {
     clock_free(&known);
 }
 
+static bool far(const MBarrier *bar, const Agent *agent) {
+    return wide_clocks && agent->index < MAX_WARPS && agent->cta != bar->cta;
+}
+
+static void release_by(MBarrier *bar, Agent *agent, Scope scope, bool relaxed) {
+    bool remote = far(bar, agent);
+    if (remote) clock_join_order(&bar->arriving, agent->clock);
+    if (remote && scope > SCOPE_CLUSTER) agent_tick(agent);
+    else if (relaxed) release_relaxed(remote ? &bar->far_arriving : &bar->arriving, agent,
+                                      remote ? SCOPE_CLUSTER : SCOPE_CTA);
+    else release_to(remote ? &bar->far_arriving : &bar->arriving, agent);
+}
+
+static void acquire_by(Warp *warp, const MBarrier *bar, Scope scope, bool relaxed) {
+    if (relaxed) acquire_relaxed(&warp->agent, &bar->complete, SCOPE_CTA);
+    else acquire_from(&warp->agent, &bar->complete);
+    if (!wide_clocks || scope > SCOPE_CLUSTER) return;
+    if (relaxed) acquire_relaxed(&warp->agent, &bar->far_complete, SCOPE_CLUSTER);
+    else acquire_from(&warp->agent, &bar->far_complete);
+}
+
+/* u[1]: the instruction gives no scope. */
+static Scope barrier_scope(const Machine *machine, const Instr *in) {
+    return !in->u[1] ? (Scope)in->scope : machine->config.strict_scopes ? SCOPE_CTA : SCOPE_CLUSTER;
+}
+
 static void arrive_with(Machine *machine, MBarrier *bar, uint32_t count, Agent *agent, double now,
-                        bool relaxed, const Instr *in) {
+                        Scope scope, bool relaxed, const Instr *in) {
     access_mbarrier(agent, bar->cta, bar->offset, MBARRIER_USE, GENERIC_PROXY, in);
     check_arrival(machine, bar, agent, in);
-    if (relaxed) release_relaxed(&bar->arriving, agent);
-    else release_to(&bar->arriving, agent);
+    release_by(bar, agent, scope, relaxed);
     if (now > bar->arriving_at) bar->arriving_at = now;
     if (count > (uint32_t)bar->pending) {
         report(machine, FINDING_BARRIER, actor(agent), in, false,
@@ -222,7 +259,7 @@ static void arrive_with(Machine *machine, MBarrier *bar, uint32_t count, Agent *
 
 void mbarrier_arrive(Machine *machine, MBarrier *bar, uint32_t count, Agent *agent, double now,
                      const Instr *in) {
-    arrive_with(machine, bar, count, agent, now, false, in);
+    arrive_with(machine, bar, count, agent, now, SCOPE_CLUSTER, false, in);
 }
 
 static void check_tx(Machine *machine, const MBarrier *bar, const Instr *in) {
@@ -384,7 +421,7 @@ static Status exec_arrive(Warp *warp, const Instr *in, uint32_t mask) {
                    NAMED ": an arrival with .noComplete completes phase %u",
                    bar->offset, bar->cta->id, bar->phase);
         if (flags & DROP) drop_expected(warp, in, bar, total);
-        arrive_with(machine, bar, total, &warp->agent, warp->now, flags & RELAXED, in);
+        arrive_with(machine, bar, total, &warp->agent, warp->now, barrier_scope(machine, in), flags & RELAXED, in);
     }
     return NEXT;
 }
@@ -466,8 +503,7 @@ static Status exec_wait(Warp *warp, const Instr *in, uint32_t mask) {
     for (int i = 0; i < n; i++) {
         if (!(groups[i].lanes & passed)) continue;
         if (groups[i].bar->complete_at > warp->now) warp->now = groups[i].bar->complete_at;
-        if (in->u[0] & RELAXED_WAIT) acquire_relaxed(&warp->agent, &groups[i].bar->complete);
-        else acquire_from(&warp->agent, &groups[i].bar->complete);
+        acquire_by(warp, groups[i].bar, barrier_scope(warp->machine, in), in->u[0] & RELAXED_WAIT);
     }
     set_pred(warp, &in->args[0], mask, passed);
     return NEXT;
@@ -506,6 +542,10 @@ Decoded decode_mbarrier(Decode *d, char *why, size_t size) {
     in->class_ = CLASS_BARRIER;
     const char *op = d->n > 1 ? d->part[1] : "";
     bool relaxed = has(d, "relaxed");
+    in->scope = has(d, "cta") ? SCOPE_CTA : SCOPE_CLUSTER;
+    in->u[1] = !has(d, "cta") && !has(d, "cluster");
+    d->program->narrow_barriers |= has(d, "cta");
+    d->program->relaxed_barriers |= relaxed;
     int least = 2, most = 2;
     if (!strcmp(op, "init")) in->exec = exec_init;
     else if (!strcmp(op, "inval")) in->exec = exec_inval, least = most = 1;

@@ -484,6 +484,7 @@ static bool decode_access(Decode *d, int from, Access *a, char *why, size_t n) {
         return false;
     }
     if (a->atomic) d->in->scope = (uint8_t)scope_of(d);
+    d->program->relaxed_memory |= a->atomic && !a->acquire && !a->release;
     a->space = (uint8_t)space;
     a->size = (uint8_t)(a->bytes * a->count);
     return true;

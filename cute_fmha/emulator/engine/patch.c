@@ -85,15 +85,26 @@ static bool learned(const Warp *warp, const Clock *before, const Clock *after) {
             if (part->cta == warp->cta->id && a == warp->agent.index) continue;
             if (part->seen[a] > (old ? old->seen[a] : 0) || part->fenced[a] > (old ? old->fenced[a] : 0))
                 return true;
+            if (wide_clocks && (part->order[a] > (old ? old->order[a] : 0) ||
+                                part->tensor[a] > (old ? old->tensor[a] : 0) ||
+                                part->view[a] > (old ? old->view[a] : 0)))
+                return true;
         }
     }
     return false;
+}
+
+/* Loads of the warp itself that a tcgen05.fence::before_thread_sync is the first to cover. */
+static bool unfenced_loads(const Warp *warp, const Instr *in) {
+    const ClockPart *part = clock_part((Clock *)&warp->clock, warp->cta->id);
+    return strstr(in->name, "before_thread_sync") && part && warp->tensor_loaded > part->tensor[warp->index];
 }
 
 static Status exec_watched(Warp *warp, const Instr *in, uint32_t mask) {
     Patch *patch = in->data;
     uint64_t executions = patch->executions;
     int loads = warp->n_tmem_loads;
+    bool fence = in->class_ == CLASS_FENCE, unfenced = fence && (!wide_clocks || unfenced_loads(warp, &patch->instr));
     clock_copy(&patch->before, warp->agent.clock);
     Status status = run_original(warp, patch, mask);
     if (patch->executions == executions) return status;
@@ -102,7 +113,7 @@ static Status exec_watched(Warp *warp, const Instr *in, uint32_t mask) {
         (*(const uint32_t *)(warp->registers + o->offset) & mask) != mask) {
         patch->executions--; /* it gave up and will be tried again */
         patch->blocked++;
-    } else if (warp->n_tmem_loads == loads && !learned(warp, &patch->before, warp->agent.clock)) {
+    } else if (warp->n_tmem_loads == loads && !unfenced && !learned(warp, &patch->before, warp->agent.clock)) {
         patch->idle++;
     }
     return status;

@@ -224,6 +224,50 @@ static uint32_t known(const Clock *clock, uint32_t who, bool fenced) {
     return !part ? 0 : fenced ? part->fenced[agent] : part->seen[agent];
 }
 
+/* Whether an access to tensor memory is in the agent's view; its own always are. */
+static bool in_view(const Shadow *s, Node other) {
+    ClockPart *part = wide_clocks ? clock_part(s->agent->clock, other.who >> AGENT_BITS) : NULL;
+    return other.who == s->who || (part && part->view[other.who & ((1u << AGENT_BITS) - 1)] >= other.time);
+}
+
+/* Earlier accesses to tensor memory: synchronisation orders them, or fences do; strictly, fences must. */
+static bool ordered(const Shadow *s, Node other) {
+    bool seen = known(s->agent->clock, other.who, false) >= other.time;
+    if (!(s->flags & ACCESS_TMEM) || !wide_clocks) return seen;
+    return s->machine->config.strict_tcgen05_fence ? in_view(s, other) : seen || in_view(s, other);
+}
+
+static bool report_unfenced(Shadow *s, const uint64_t *cell, Node other, bool write) {
+    if (!(s->flags & ACCESS_TMEM) || known(s->agent->clock, other.who, false) < other.time) return false;
+    ClockPart *part = clock_part(s->agent->clock, other.who >> AGENT_BITS);
+    bool released = part->tensor[other.who & ((1u << AGENT_BITS) - 1)] >= other.time;
+    report_pair(s, FINDING_TENSOR_FENCE, cell, other, write,
+                released ? "missing tcgen05.fence::after_thread_sync" : "missing tcgen05.fence::before_thread_sync",
+                "follows");
+    return true;
+}
+
+/* Scopes of two atomics that include each other's thread. */
+static bool morally_strong(const Shadow *s, Node other) {
+    const Instr *in = instr_at(s->machine, other.pc);
+    if (!s->machine->program->narrow_scopes || !in || !s->in) return true;
+    const Cta *cta = s->agent->cta;
+    uint32_t id = other.who >> AGENT_BITS;
+    Scope needed = id == cta->id ? SCOPE_CTA : SCOPE_GPU;
+    for (int i = 0; i < cta->cluster->n && needed == SCOPE_GPU; i++)
+        if (cta->cluster->cta[i]->id == id) needed = SCOPE_CLUSTER;
+    return in->scope <= needed && s->in->scope <= needed;
+}
+
+/* Two atomics do not race, if their scopes allow it. */
+static bool atomics(Shadow *s, const uint64_t *cell, Node other, bool write) {
+    if (!(s->flags & other.flags & NODE_ATOMIC)) return false;
+    if (!morally_strong(s, other))
+        report_pair(s, FINDING_RACE, cell, other, write, "atomics whose scopes do not include each other",
+                    "is not ordered after");
+    return true;
+}
+
 static bool fenced_mbarrier(const Shadow *s, Node init) {
     const CtaSync *sync = s->cta->sync;
     return sync && known(&sync->mbarrier_fence, init.who, false) >= init.time;
@@ -235,8 +279,9 @@ static bool check_write(Shadow *s, const uint64_t *cell, Node other) {
         report_pair(s, FINDING_BARRIER, cell, other, true, "ordinary access to a live mbarrier", "after");
         return false;
     }
-    if (known(s->agent->clock, other.who, false) < other.time) {
-        if (s->flags & other.flags & NODE_ATOMIC) return true;
+    if (!ordered(s, other)) {
+        if (atomics(s, cell, other, true)) return morally_strong(s, other);
+        if (report_unfenced(s, cell, other, true)) return false;
         if (other.flags & NODE_MBARRIER)
             report_pair(s, FINDING_RACE, cell, other, true, "mbarrier used or initialised without order",
                         "is not ordered after");
@@ -261,8 +306,9 @@ static bool check_write(Shadow *s, const uint64_t *cell, Node other) {
 }
 
 static bool check_read(Shadow *s, const uint64_t *cell, Node other) {
-    if (known(s->agent->clock, other.who, false) >= other.time || (s->flags & other.flags & NODE_ATOMIC))
-        return true;
+    if (ordered(s, other)) return true;
+    if (atomics(s, cell, other, false)) return morally_strong(s, other);
+    if (report_unfenced(s, cell, other, false)) return false;
     report_pair(s, FINDING_RACE, cell, other, false, "data race", "is not ordered after");
     return false;
 }
@@ -308,8 +354,7 @@ static uint32_t chain_with_read(Shadow *s, uint32_t chain, Node me) {
             nodes[0].mask |= node.mask;
             continue;
         }
-        bool replaced = !((me.flags & ~node.flags) & NODE_ATOMIC) &&
-                        known(s->agent->clock, node.who, false) >= node.time;
+        bool replaced = !((me.flags & ~node.flags) & NODE_ATOMIC) && ordered(s, node);
         if (replaced) node.mask &= (uint16_t)~me.mask;
         if (node.mask) nodes[n++] = node;
     }

@@ -9,6 +9,7 @@ typedef struct { Clock released[SCOPES], pending[SCOPES]; } Fences;
 typedef struct {
     Fences warp[MAX_WARPS];
     uint32_t slot_time[AGENTS - AGENT_ASYNC]; /* of the last operation in every asynchronous slot */
+    uint32_t slot_store[AGENTS - AGENT_ASYNC]; /* of the last tcgen05.st in it */
     struct { const Warp *warp; const Instr *in; double now; int slot; } last_issue; /* see async_new */
     Clock mbarrier_fence;                     /* all that fence.mbarrier_init of this CTA's warps covered */
 } CtaSync;

@@ -1,9 +1,10 @@
 /* tcgen05.ld and tcgen05.st, their waits, fences.
  *
- * tcgen05.fence does nothing here: a missing one is not found. The rule of the ISA (before_thread_sync ahead
- * of an arrival, after_thread_sync behind a wait) would condemn what compilers of CuTe DSL emit: kernels of
- * FlashAttention-4 and CUTLASS order tcgen05 instructions of several threads with wait::ld, wait::st or commit
- * and an mbarrier, and have hardly a fence. Those orders are what is checked.
+ * The ISA lets tcgen05 accesses of several threads be ordered in two ways: by what orders memory (release and
+ * acquire), and by tcgen05.fence around what only orders execution (.relaxed operations). Either will do
+ * here. With strict_tcgen05_fence the second one is required: asynchronous tcgen05 instructions are not in
+ * order with anything else in their thread unless the ISA says so, and of waits for other threads it says
+ * so of the fences alone. Kernels of FlashAttention-4 and CUTLASS have no fences (notes/emulator.md).
  *
  * In time: a store captures its registers when it is issued and lands in its warp's order, at the latest
  * at wait::st. A load takes its values at once, but counts as a read until it is over: what may overwrite
@@ -221,6 +222,7 @@ static Status exec_load(Warp *warp, const Instr *in, uint32_t mask) {
     if (status == NEXT) status = find_span(warp, in, a, mask, &span);
     if (status != NEXT) return status;
     record_span(&warp->agent, warp->cta, &span, false, in);
+    if (wide_clocks) warp->tensor_loaded = agent_time(&warp->agent);
     load_registers(warp, in, a, &span);
     if (a->reduce) reduce_registers(warp, in, a);
     int accesses = 1 + (span.second >= 0);
@@ -273,8 +275,11 @@ static bool run_store(Machine *machine, AsyncOp *op) {
     if (span->second >= 0 && !tmem_allocated(machine, op->warp, op->in, op->cta, span->second, span->columns))
         return true;
     acquire_from(&op->agent, &traffic->stored); /* stores of a warp land in order */
+    clock_join_view(&op->clock, &traffic->stored);
     record_span(&op->agent, op->cta, span, true, op->in);
     store_registers(op->cta, store);
+    tensor_view_own(&op->agent);
+    clock_join_view(&traffic->stored, &op->clock);
     release_to(&traffic->stored, &op->agent);
     return true;
 }
@@ -345,12 +350,14 @@ static Status exec_wait_store(Warp *warp, const Instr *in, uint32_t mask) {
         warp->now = traffic->stores.tail->finish;
     async_flush_queue(warp->machine, &traffic->stores);
     acquire_from(&warp->agent, &traffic->stored);
+    clock_join_view(&warp->clock, &traffic->stored);
     return warp->machine->fatal ? FATAL : NEXT;
 }
 
-/* tcgen05.fence::*: the clocks take program order for granted (see above). */
 static Status exec_fence(Warp *warp, const Instr *in, uint32_t mask) {
-    (void)warp, (void)in, (void)mask;
+    (void)mask;
+    if (in->u[0]) tensor_fence_before(&warp->agent);
+    else tensor_fence_after(&warp->agent);
     return NEXT;
 }
 
@@ -460,6 +467,8 @@ static Decoded decode_wait(Decode *d, char *why, size_t size) {
     in->exec = is(d, 1, "wait::ld") ? exec_wait_load : is(d, 1, "wait::st") ? exec_wait_store : exec_fence;
     if (in->exec != exec_fence) in->flags |= ALIGNED;
     in->class_ = in->exec == exec_fence ? CLASS_FENCE : CLASS_WAIT;
+    in->u[0] = is(d, 1, "fence::before_thread_sync");
+    d->program->tensor_fences |= in->exec == exec_fence;
     return DECODED;
 }
 

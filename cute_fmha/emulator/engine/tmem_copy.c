@@ -169,6 +169,7 @@ static Status exec_commit(Warp *warp, const Instr *in, uint32_t mask) {
         CommitOp c = {0};
         if (!commit_targets(warp, in, (int)lane, &c)) return FATAL;
         AsyncOp *op = async_new(warp, in, run_commit, sizeof c, true);
+        tensor_fence_before(&op->agent);
         memcpy(op->payload, &c, sizeof c);
         op->start = 0;
         op->finish = 1e-3; /* it takes no time of the pipe */

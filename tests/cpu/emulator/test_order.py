@@ -133,7 +133,7 @@ PAIRS = {
 def run(policy: Policy, zero: str, four: str, eight: str = "") -> tuple[Any, np.ndarray]:
     flag, out = np.zeros(4, np.int32), np.zeros(32, np.int32)
     body = KERNEL.replace("{zero}", zero).replace("{four}", four).replace("{eight}", eight)
-    options = {"block": (288, 1, 1), "policy": policy, "check": False}
+    options: dict[str, Any] = {"block": (288, 1, 1), "policy": policy, "check": False}
     return run_ptx(body, flag, out, **options), out
 
 

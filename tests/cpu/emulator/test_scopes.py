@@ -162,7 +162,8 @@ def test_atomics_in_global_memory(scope: str, cluster: int, right: bool) -> None
     body = body.replace("mov.u32 %rank, %cluster_ctarank;", "")
     for policy in MODES:
         flag, out = np.zeros(4, np.int32), np.zeros(4, np.int32)
-        options = {"block": (64, 1, 1), "grid": (2, 1, 1), "cluster": (cluster, 1, 1)}
+        options: dict[str, Any] = {"block": (64, 1, 1), "grid": (2, 1, 1)}
+        options["cluster"] = (cluster, 1, 1)
         result = run_ptx(body, flag, out, policy=policy, check=False, **options)
         assert kinds(result) == (set() if right else {"race"}), result.report()
         assert flag[0] == 2

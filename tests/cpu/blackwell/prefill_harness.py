@@ -63,7 +63,7 @@ def run(
     plan = replace(prefill_host.plan_of(problem), **changes)
     device, host = (skip, math.nan) if isinstance(skip, torch.Tensor) else (None, skip)
     call = Call(
-        problem, q, k, v, out, lse if problem.lse else None, None,
+        problem, q, k, v, out, lse if problem.lse else None, None, None,
         stats if problem.stats else None, None, None, None, None, None, case.common.get("sink"),
         None, device, case.common.get("scale") or 1 / math.sqrt(q.shape[-1]),
         case.common.get("softcap", 0.0), host, problem.skip_relative,

@@ -161,12 +161,12 @@ def softmax_step(
     if cutlass.const_expr(plan.features.skip):
         tile_max = row_maximum(scores, Float32(-Float32.inf))
         vote = keeps_tile(tile_max, state.running, scalars.scale_log2, scalars.skip)
+        ptx.tcgen05_fence_before()  # the reads of S of all four warps, for whom the leader speaks
         keep = ptx.barrier_any(t + 1, plan.tile_m, vote)
         slot = phases.decisions & 1
         if thread < 32:
             with cute.arch.elect_one():
                 shared.sKeep[slot, t] = Int32(keep)
-            ptx.tcgen05_fence_before()
             cute.arch.sync_warp()
             barriers.arrive_leader("decided", 2 * t + slot)
         counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)

@@ -20,10 +20,10 @@ from cute_fmha.problem import Problem
 from cute_fmha.testing import AttentionCase
 
 POLICIES = [
-    Policy("eager", strict_tmem_load=True),
-    Policy("lazy", strict_tmem_load=True),
-    Policy("random", seed=1, strict_tmem_load=True),
-    Policy("random", seed=2, strict_tmem_load=True),
+    Policy("eager", strict_tmem_load=True, strict_tcgen05_fence=True),
+    Policy("lazy", strict_tmem_load=True, strict_tcgen05_fence=True),
+    Policy("random", seed=1, strict_tmem_load=True, strict_tcgen05_fence=True),
+    Policy("random", seed=2, strict_tmem_load=True, strict_tcgen05_fence=True),
 ]
 
 

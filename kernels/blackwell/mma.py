@@ -18,10 +18,13 @@ from cutlass.cute.nvgpu import tcgen05
 from cute_fmha.kernels.blackwell import ptx
 
 
-def instruction_descriptor(dtype: Any, m: int, n: int, b_is_mn_major: bool) -> int:
-    """The 32-bit descriptor of a dense f16/bf16 MMA: FP32 accumulator, A K-major."""
+def instruction_descriptor(
+    dtype: Any, m: int, n: int, b_is_mn_major: bool, a_is_mn_major: bool = False
+) -> int:
+    """The 32-bit descriptor of a dense f16/bf16 MMA with an FP32 accumulator."""
     kind = {cutlass.Float16: 0, cutlass.BFloat16: 1}[dtype]
-    return 1 << 4 | kind << 7 | kind << 10 | b_is_mn_major << 16 | n >> 3 << 17 | m >> 4 << 24
+    majors = a_is_mn_major << 15 | b_is_mn_major << 16
+    return 1 << 4 | kind << 7 | kind << 10 | majors | n >> 3 << 17 | m >> 4 << 24
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,22 @@ class Operand:
 
     @staticmethod
     def swizzled(
-        start: Int32, leading: int, stride: int, steps: tuple[int, ...], stage: int = 0
-    ) -> Operand:
-        """Rows of 128 bytes with the 128-byte swizzle from shared address ``start`` on; all
-        distances in bytes.
+        start: Int32, leading: int, stride: int, steps: tuple[int, ...], stage: int = 0,
+        width: int = 128,
+    ) -> Operand:  # fmt: skip
+        """Rows of ``width`` bytes with the swizzle of that width from shared address ``start`` on;
+        all distances in bytes.
 
         K-major: ``stride`` from one group of 8 rows to the next, ``leading`` is of no meaning.
-        MN-major: ``stride`` between groups of 8 along K, ``leading`` between 64 values along MN.
+        MN-major: rows are K, ``stride`` between groups of 8 along K, ``leading`` between one row's
+        worth of values along MN and the next.
         """
+        layout = {128: 2, 64: 4, 32: 6}[width]
+        # The upper word is signed: the layout has its top three bits.
+        high = (stride >> 4 | 1 << 14 | layout << 29) - (layout >> 2 << 32)
         return Operand(
             (start >> 4) | (leading >> 4 << 16),
-            Int32(stride >> 4 | 1 << 14 | 2 << 29),
+            Int32(high),
             stage >> 4,
             tuple(step >> 4 for step in steps),
         )

@@ -167,6 +167,10 @@ class Barriers:
         """Wait until the phase of that parity is complete."""
         cute.arch.mbarrier_wait(self.at(name, index), phase)
 
+    def test(self, name: str, phase: Any, index: Any = 0) -> Any:
+        """Whether the phase of that parity is complete."""
+        return cute.arch.mbarrier_test_wait(self.at(name, index), phase)
+
     def _check(self, name: str, how: How) -> None:
         if (self.role, how) not in self.topology.barrier(name).signals:
             raise ValueError(

@@ -76,6 +76,22 @@ def tcgen05_load(address: Int32, count: int, *, loc=None, ip=None) -> list[Float
 
 
 @dsl_user_op
+def tcgen05_load_fragment(address: Int32, count: int, *, loc=None, ip=None) -> list[Float32]:
+    """tcgen05.ld.16x256b: 8 · ``count`` columns of 16 lanes, four values a thread and 8 columns: of
+    lane t / 4 columns 2 (t % 4) and the next, then the same of lane t / 4 + 8.
+
+    The values are undefined until `tcgen05_wait_load` has returned them.
+    """
+    registers = 4 * count
+    result = _asm(
+        f"tcgen05.ld.sync.aligned.16x256b.x{count}.b32 {_names(0, registers)}, [${registers}];",
+        [T.f32()] * registers, [Int32(address).ir_value(loc=loc, ip=ip)],
+        ",".join(["=f"] * registers + ["r"]), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+    return _floats(result, registers, loc, ip)
+
+
+@dsl_user_op
 def tcgen05_wait_load(values: list[Float32], *, loc=None, ip=None) -> list[Float32]:
     """tcgen05.wait::ld; returns the ``values`` that earlier loads gave, now complete.
 
@@ -153,14 +169,38 @@ def store_shared(address: Int32, values: list[Any], *, loc=None, ip=None) -> Non
 
 
 @dsl_user_op
-def load_shared(address: Int32, *, loc=None, ip=None) -> list[Int32]:
-    """ld.shared.v4.b32: 16 bytes, aligned."""
+def store_matrices(address: Int32, values: list[Int32], *, loc=None, ip=None) -> None:
+    """stmatrix of four 8 × 8 matrices of 16-bit values: lane l gives the address of row l % 8 of
+    matrix l / 8, and holds columns 2 (l % 4) and the next of row l / 4 of each."""
+    _asm(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)], "r,r,r,r,r",
+        effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def store_shared_word(address: Int32, value: Any, *, loc=None, ip=None) -> None:
+    """st.shared.b32."""
+    kind = "f" if isinstance(value, Float32) else "r"
+    _asm(
+        "st.shared.b32 [$0], $1;",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), value)], f"r,{kind}",
+        effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def load_shared(address: Int32, kind: Any = Int32, *, loc=None, ip=None) -> list[Any]:
+    """ld.shared.v4.b32: 16 bytes, aligned, as four numbers of ``kind`` (Int32 or Float32)."""
+    register = T.f32() if kind is Float32 else T.i32()
+    letter = "=f" if kind is Float32 else "=r"
     result = _asm(
         "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
-        [T.i32()] * 4, [Int32(address).ir_value(loc=loc, ip=ip)], "=r,=r,=r,=r,r", effects=True,
-        loc=loc, ip=ip,
+        [register] * 4, [Int32(address).ir_value(loc=loc, ip=ip)], ",".join([letter] * 4 + ["r"]),
+        effects=True, loc=loc, ip=ip,
     )  # fmt: skip
-    return [Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4)]
+    return [kind(llvm.extractvalue(register, result, [i], loc=loc, ip=ip)) for i in range(4)]
 
 
 @dsl_user_op

@@ -1,0 +1,206 @@
+"""MLA decode for few rows on Blackwell (sm_100a, sm_103a): operands swapped.
+
+Rows are (query position, head), position-major, at most 16 or 32 (``SmallPlan.rows`` = N). As rows
+of A they would be padded to 64 or 128; here they are B, and what A has many of are tokens and value
+columns. Per tile of 64 tokens with latents L [64, 576], of which V = L[:, :512]:
+
+    Sᵀ [64, N]  = L Qᵀ          A = L, K-major, M = 64
+    Pᵀ [64, N]  = 2^(c·Sᵀ − c·m)
+    Oᵀ [512, N] = fade · Oᵀ + Vᵀ Pᵀ      A = the same L, MN-major, four times M = 128
+
+out = O / l, lse = ln 2 · (c·m + log2 l), c = scale · log2 e, l = ΣP. A sink joins m and l at the
+end; a softcap replaces S by tanh(scale / cap · S) and c by cap · log2 e. With skip-softmax a tile
+whose every row has c · (max S − running maximum) < log2 λ is left out before P and its product.
+
+Shapes: q [B, Sq, Hq, D], latents [PAGES, PAGE, 1, D], table [B, MAX_PAGES], lengths [B], out
+[B, Sq, Hq, Dv], lse [B, Hq, Sq]; (D, Dv) is (576, 512) or (512, 512). Unpaged: a page a sequence.
+
+Warps
+    0–3   softmax   S → P, O · fade; at the end O / l and LSE to global memory
+    4     mma       S = L Qᵀ, O += V P; owns TMEM
+    5     load      block table, latents by TMA
+    6, 7  query     Q → shared memory; rows that do not exist become 0
+
+Shared memory at N = 16 (swizzled rows of 128 bytes; `SmallPlan.shared_parts`)
+    Q 18 KiB | V: 11 parts of 128 columns × 64 tokens, 16 KiB each | rope: 2 parts of 8 KiB
+    | P: 2 of 2 KiB | O: 8 KiB, a part on its way out
+A tile is four parts and a rope part. They are fetched, multiplied and released one by one: 2¾ tiles
+of latents are in flight or in use. Every part is fetched once and read twice.
+
+TMEM, in 32-bit columns, N = 16 (`SmallPlan.tmem`): a lane of O is a value column, S has 16 tokens
+in the lower 16 lanes of each warp.
+
+    0     16    32    48    64    80    96
+    | O0  | O1  | O2  | O3  | S0  | S1  |
+
+Pipelines: `mla_decode_small_plan.topology`.
+
+Timeline of tile n in steady state, when latents are what the CTA waits for
+
+    load                 mma                       softmax
+    parts of n + 2       QK (n), part by part
+                         … rope(n): S complete
+    rope of n + 2        (n + 1 is not there)      e = c·S − c·m, vote, P(n)
+                         PV (n) <───────────────── P(n)
+    parts of n + 3 <──── release, part by part
+                         QK (n + 1), part by part
+
+If the parts of n + 1 are there first, QK (n + 1) is issued before PV (n) and hides the softmax.
+
+Constraints: `mla_decode_small_plan`.
+"""
+
+from __future__ import annotations
+
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.nvgpu import cpasync, tcgen05
+
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_decode_small_load import load, query
+from cute_fmha.kernels.blackwell.mla_decode_small_mma import mma
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
+    BLOCK,
+    COLUMNS,
+    PART_BLOCKS,
+    SmallPlan,
+    topology,
+)
+from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
+from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
+from cute_fmha.kernels.blackwell.pipelines import Barriers
+from cute_fmha.kernels.blackwell.ragged import ragged
+
+DTYPES = {
+    torch.float16: cutlass.Float16,
+    torch.bfloat16: cutlass.BFloat16,
+    torch.float32: cutlass.Float32,
+}
+
+
+class MlaDecodeSmall:
+    """The kernel of one plan."""
+
+    def __init__(self, plan: SmallPlan) -> None:
+        self.plan = plan
+        self.topology = topology(plan)
+        self.dtype = DTYPES[plan.dtype]
+        self.out_dtype = DTYPES[plan.out_dtype]
+
+    @cute.jit
+    def __call__(
+        self,
+        mQ: cute.Tensor,
+        mKV: cute.Tensor,
+        mTable: cute.Tensor,
+        mLens: cute.Tensor,
+        mO: cute.Tensor,
+        mLSE: cute.Tensor,
+        mSink: cute.Tensor,
+        mSkip: cute.Tensor,
+        mStats: cute.Tensor,
+        mCounters: cute.Tensor,
+        mPartial: cute.Tensor,
+        scalars: Scalars,
+        ctas: Int32,
+    ):
+        """Launch with at most ``ctas`` CTAs."""
+        plan = self.plan
+        # (PAGE_ROW, D, PAGE, END)
+        mL = cute.make_tensor(mKV.iterator, cute.select(mKV.layout, mode=[1, 3, 0]))
+        mL = ragged(mL, 0)
+        # (BOX, 64): rows of 128 bytes
+        box = cute.make_composed_layout(
+            cute.make_swizzle(3, 4, 3), 0, cute.make_layout((plan.box, BLOCK), stride=(BLOCK, 1))
+        )
+        load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
+        tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, (plan.box, BLOCK))
+        mem = Global(tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats)
+        self.kernel(mem, scalars).launch(
+            grid=(cutlass.min(mQ.shape[0], ctas), 1, 1), block=(plan.threads, 1, 1),
+            min_blocks_per_mp=1,
+        )  # fmt: skip
+
+    @cute.kernel
+    def kernel(self, mem: Global, scalars: Scalars):
+        """Allocate, initialise the barriers, dispatch the roles."""
+        plan = self.plan
+        q, v, r, p = (
+            plan.shared_parts[name] // plan.dtype.itemsize for name in ("Q", "V", "rope", "P")
+        )
+
+        @cute.struct
+        class Storage:
+            sQ: cute.struct.Align[cute.struct.MemRange[self.dtype, q], 1024]
+            sV: cute.struct.Align[cute.struct.MemRange[self.dtype, v], 1024]
+            sR: cute.struct.Align[cute.struct.MemRange[self.dtype, r], 1024]
+            sP: cute.struct.Align[cute.struct.MemRange[self.dtype, p], 1024]
+            sO: cute.struct.Align[cute.struct.MemRange[Float32, plan.rows * COLUMNS], 128]
+            sMax: cute.struct.MemRange[Float32, 4 * plan.rows]
+            sFade: cute.struct.MemRange[Float32, 4 * plan.rows]
+            sMinus: cute.struct.MemRange[Float32, plan.rows]
+            sVote: cute.struct.Align[cute.struct.MemRange[Int32, 8], 16]
+            sKeep: cute.struct.MemRange[Int32, 2]
+            barriers: cute.struct.MemRange[Int64, self.topology.size]
+            tmem: Int32
+
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        storage = cutlass.utils.SmemAllocator().allocate(Storage)
+        barriers = Barriers(self.topology, storage.barriers.data_ptr())
+        shared = self.shared(storage)
+        mma_warp, load_warp = (plan.role(name).warps[0] for name in ("mma", "load"))
+        if warp == load_warp:
+            cpasync.prefetch_descriptor(mem.tma)
+            with cute.arch.elect_one():
+                barriers.initialise()
+            cute.arch.mbarrier_init_fence()
+        if warp == mma_warp:
+            cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem)
+            cute.arch.relinquish_tmem_alloc_permit()
+        cute.arch.sync_threads()
+        tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
+
+        work = Work(plan, mem, scalars)
+        if warp < mma_warp:
+            softmax(
+                plan, self.dtype, self.out_dtype, work, mem, shared, scalars, tmem,
+                barriers.of("softmax"),
+            )  # fmt: skip
+        elif warp == mma_warp:
+            mma(plan, self.dtype, work, shared, tmem, barriers.of("mma"))
+        elif warp == load_warp:
+            load(plan, work, mem, shared, barriers.of("load"))
+        else:
+            query(plan, work, mem, shared, barriers.of("query"))
+        cute.arch.sync_threads()
+        if warp == mma_warp:
+            cute.arch.dealloc_tmem(tmem, plan.tmem.columns)
+
+    def shared(self, storage) -> Shared:
+        """The buffers of ``storage``."""
+        plan = self.plan
+        block = plan.tile_n * BLOCK
+
+        def ring(buffer, blocks: int, stages: int) -> cute.Tensor:
+            # (BOX, 64, BOX_OF_TILE, BLOCK, STAGE)
+            layout = cute.make_layout(
+                (plan.box, BLOCK, plan.boxes, blocks, stages),
+                stride=(BLOCK, 1, plan.box * BLOCK, block, blocks * block),
+            )
+            return buffer.get_tensor(layout, swizzle=cute.make_swizzle(3, 4, 3))
+
+        by_warp = cute.make_layout((plan.rows, 4))
+        return Shared(
+            sQ=storage.sQ.data_ptr().toint(),
+            sV=ring(storage.sV, PART_BLOCKS, plan.v_stages),
+            sR=ring(storage.sR, 1, plan.r_stages) if plan.rope_blocks else None,
+            sP=storage.sP.data_ptr().toint(),
+            sO=storage.sO.get_tensor(cute.make_layout((COLUMNS, plan.rows))),
+            sMax=storage.sMax.get_tensor(by_warp),
+            sFade=storage.sFade.get_tensor(by_warp),
+            sMinus=storage.sMinus.get_tensor(cute.make_layout(plan.rows)),
+            sVote=storage.sVote.data_ptr().toint(),
+            sKeep=storage.sKeep.get_tensor(cute.make_layout(2)),
+        )

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from cute_fmha import dispatch
-from cute_fmha.epilogues.base import EpilogueOp, Parameters, resolve
+from cute_fmha.epilogues.base import EpilogueOp, Parameters, kind_of, resolve
 from cute_fmha.problem import Problem
 
 
@@ -112,6 +112,7 @@ def _attention(
         skip=skip,
         stats=stats is not None,
         epilogue=epilogue,
+        parameters=tuple(map(kind_of, (*epilogue_tensors, *epilogue_values))),
         num_splits=num_splits,
         lse=lse is not None,
         seqused=seqused_k is not None and layout != "paged",
@@ -154,6 +155,7 @@ def _mla_decode(
         skip=skip,
         stats=stats is not None,
         epilogue=epilogue,
+        parameters=tuple(map(kind_of, (*epilogue_tensors, *epilogue_values))),
         num_splits=num_splits,
         lse=lse is not None,
         skip_tensor=skip_tensor is not None,

@@ -12,6 +12,8 @@ from typing import Literal
 
 import torch
 
+from cute_fmha.epilogues.base import Kind
+
 HEAD_DIMS = (64, 96, 128, 256, 512)
 """Head dims D with Dv == D that `attention` accepts, besides (192, 128)."""
 
@@ -149,7 +151,8 @@ class Problem:
     ``window_left``/``window_right`` have causal folded in (causal is ``window_right == 0``), −1 is
     unbounded. ``num_splits`` 0 leaves the choice to the backend. ``lse``, ``seqused`` and
     ``skip_tensor`` say that the call has such a tensor; ``seqused`` only for dense keys, paged ones
-    always have it. ``skip_relative``: λ is a factor over the KV length.
+    always have it. ``skip_relative``: λ is a factor over the KV length. ``parameters`` are those of
+    the epilogue op.
     """
 
     op: Literal["attention", "mla_decode"]
@@ -178,6 +181,7 @@ class Problem:
     seqused: bool = False
     skip_tensor: bool = False
     skip_relative: bool = False
+    parameters: tuple[Kind, ...] = ()
 
     @property
     def group(self) -> int:
@@ -191,4 +195,5 @@ class Problem:
             self.op, self.layout, self.packed_q, self.dtype, self.out_dtype, self.head_dim,
             self.head_dim_v, self.window_left >= 0, self.window_right >= 0, self.softcap,
             self.sink, self.block_mask, self.skip, self.stats, self.epilogue, self.seqused,
+            self.parameters,
         )  # fmt: skip

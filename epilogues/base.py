@@ -6,8 +6,9 @@ and carries the call's tensors and numbers. Its *class* is what backends see, fo
 follows the tensors' contents. Whatever distinguishes two results of one class is therefore a
 parameter (a number, or a tensor read on the device), or another class.
 
-A user's own op is a subclass with ``key`` and `reference`, a ``triton`` function where it shall run
-on a GPU, and whatever else differs from the defaults; `cute_fmha.epilogues.gate` is an example.
+A user's own op is a subclass with ``key`` and `reference`, a ``triton`` and a ``blackwell``
+function where it shall run on a GPU, and whatever else differs from the defaults;
+`cute_fmha.epilogues.gate` is an example.
 """
 
 from __future__ import annotations
@@ -30,6 +31,39 @@ class Extra(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     zeroed: bool
+
+
+class Kind(NamedTuple):
+    """What a Blackwell kernel has compiled in of a parameter: of a number (``dtype`` None) that it
+    is one, of a tensor its ``dims`` and whether its last dimension is contiguous with all ``rows``
+    on 16 bytes (never said of fewer than two dimensions)."""
+
+    dtype: torch.dtype | None
+    dims: int
+    rows: bool
+
+
+def kind_of(parameter: torch.Tensor | float) -> Kind:
+    """The kind of a call's parameter."""
+    if not isinstance(parameter, torch.Tensor):
+        return Kind(None, 0, False)
+    rows = parameter.dim() > 1 and parameter.stride(-1) == 1 and parameter.data_ptr() % 16 == 0
+    size = parameter.element_size()
+    rows = rows and all(stride * size % 16 == 0 for stride in parameter.stride()[:-1])
+    return Kind(parameter.dtype, parameter.dim(), rows)
+
+
+class Row(NamedTuple):
+    """The output row that a thread of a Blackwell kernel works on.
+
+    token: its number over the whole batch. head: the query head. live: whether the row exists; of
+    one that does not, ``token`` and ``head`` are in range. width: Dv.
+    """
+
+    token: Any
+    head: Any
+    live: Any
+    width: int
 
 
 class EpilogueOp:
@@ -56,6 +90,23 @@ class EpilogueOp:
     as tl`` under TYPE_CHECKING keeps Triton out of the import), or one with ``@triton.jit``.
     """
 
+    blackwell: ClassVar[Callable[..., Any] | None] = None
+    """The op for the Blackwell kernels, or None: they then refuse it (but for a plain cast).
+
+    ``blackwell(row, parameters, extra)`` is called once for a `Row`, while the kernel is traced,
+    and returns the function that is then called for all parts of the row: ``apply(x, column)`` gets
+    consecutive FP32 columns from ``column`` on, a Python list of 16 or 32 registers, beginning at a
+    multiple of their number. It returns as many FP32 values, which the store rounds to the output's
+    dtype, or the 32-bit words that are stored as they are (8 values of NVFP4 in each).
+
+    A parameter is a number, as which tensors without dimensions arrive, too, or a CuTe tensor with
+    the dimensions that ``tensors`` gave it; ``extra`` is the second output, bytes, which the
+    function stores itself, where ``row.live``, or None. FP8 tensors are uint8 here.
+
+    A plain function of Python: its loops and branches run while the kernel is traced. What it needs
+    of CuTe DSL it imports inside, since ops are imported without.
+    """
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "key" not in vars(cls):
@@ -79,7 +130,8 @@ class EpilogueOp:
         """The dtype of the output for inputs of ``input_dtype``."""
         return input_dtype
 
-    def out_columns(self, head_dim_v: int) -> int:
+    @staticmethod
+    def out_columns(head_dim_v: int) -> int:
         """The length of the output's last dimension."""
         return head_dim_v
 

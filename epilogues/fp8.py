@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from cute_fmha.epilogues.base import Parameters
-from cute_fmha.epilogues.scale import HeadScaled, head_columns, head_factor
+from cute_fmha.epilogues.scale import HeadScaled, head_columns, head_factor, head_number
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -48,6 +48,20 @@ def fp8_rows(x, token, head, live, parameters, extra, DV):
     return e4m3_code(x * inverse[:, None]).to(tl.uint8)
 
 
+def fp8_row(row, parameters, extra):
+    """`FP8` on Blackwell: the hardware's conversion is the specification's."""
+    from cute_fmha.kernels.blackwell import ptx
+    from cute_fmha.kernels.blackwell.softmax import scaled
+
+    inverse = 1.0 / head_number(parameters[0], row)
+
+    def apply(x, column):
+        values = scaled(x, inverse)
+        return [ptx.pack_e4m3(values[j : j + 4]) for j in range(0, len(values), 4)]
+
+    return apply
+
+
 @dataclass(frozen=True, eq=False)
 class FP8(HeadScaled):
     """``e4m3(x · (1 / scale))`` in torch.float8_e4m3fn: to nearest even, saturating at ±448.
@@ -62,6 +76,7 @@ class FP8(HeadScaled):
 
     key = "fp8"
     triton = staticmethod(fp8_rows)
+    blackwell = staticmethod(fp8_row)
 
     def __post_init__(self) -> None:
         super().__post_init__()

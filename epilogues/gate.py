@@ -26,6 +26,20 @@ def gate_rows(x, token, head, live, parameters, extra, DV):
     return x * (1.0 / (1.0 + tl.exp(-logits.to(tl.float32))))
 
 
+def gate_row(row, parameters, extra):
+    """`Gate` on Blackwell."""
+    from cute_fmha.epilogues.store import columns
+    from cute_fmha.kernels.blackwell.softmax import sigmoid
+
+    logits = parameters[0][row.token, row.head, None]
+
+    def apply(x, column):
+        gate = columns(logits, column, len(x))
+        return [value * sigmoid(logit) for value, logit in zip(x, gate, strict=True)]
+
+    return apply
+
+
 @dataclass(frozen=True, eq=False)
 class Gate(EpilogueOp):
     """``x · sigmoid(gate[token, head, d])``, stored in the dtype of q.
@@ -38,6 +52,7 @@ class Gate(EpilogueOp):
 
     key = "gate"
     triton = staticmethod(gate_rows)
+    blackwell = staticmethod(gate_row)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

@@ -114,6 +114,36 @@ def nvfp4_rows(x, token, head, live, parameters, extra, DV):
     return (low | (high << 4)).to(tl.uint8)
 
 
+def nvfp4_row(row, parameters, extra):
+    """`NVFP4` on Blackwell: a thread has whole blocks; scales are stored in pairs where it has two,
+    as bytes of one tile."""
+    from cutlass import Float32, Int64, select_
+
+    from cute_fmha.kernels.blackwell import ptx
+    from cute_fmha.kernels.blackwell.softmax import largest_magnitude, scaled
+
+    (global_scale,) = parameters
+    tiles = extra.iterator.toint() + Int64(row.token // 128) * (extra.stride[0] * 128)
+    in_tile = row.token % 32 * 16 + row.token % 128 // 32 * 4
+    first = row.head * (row.width // BLOCK)
+
+    def apply(x, column):
+        blocks = [x[j : j + BLOCK] for j in range(0, len(x), BLOCK)]
+        sized = [largest_magnitude(block) * (1.0 / 6.0) * global_scale for block in blocks]
+        codes = ptx.pack_e4m3(sized)
+        block = first + column // BLOCK
+        address = tiles + (block // 4 * 512 + in_tile + block % 4)
+        ptx.store_global_bytes(address, codes, len(blocks), row.live)
+        words = []
+        for values, scale in zip(blocks, ptx.unpack_e4m3(codes), strict=False):
+            inverse = select_(scale == 0.0, Float32(0.0), global_scale / scale)
+            stored = scaled(values, inverse)
+            words += [ptx.pack_e2m1(stored[:8]), ptx.pack_e2m1(stored[8:])]
+        return words
+
+    return apply
+
+
 @dataclass(frozen=True, eq=False)
 class NVFP4(EpilogueOp):
     """Packed e2m1 and swizzled e4m3 block scales; the call returns an `NVFP4Output`.
@@ -126,6 +156,7 @@ class NVFP4(EpilogueOp):
 
     key = "nvfp4"
     triton = staticmethod(nvfp4_rows)
+    blackwell = staticmethod(nvfp4_row)
 
     def __post_init__(self) -> None:
         scale = self.global_scale
@@ -151,7 +182,8 @@ class NVFP4(EpilogueOp):
     def out_dtype(self, input_dtype: torch.dtype) -> torch.dtype:
         return torch.uint8
 
-    def out_columns(self, head_dim_v: int) -> int:
+    @staticmethod
+    def out_columns(head_dim_v: int) -> int:
         return head_dim_v // 2
 
     def extra(self, tokens: int, heads: int, head_dim_v: int) -> Extra:

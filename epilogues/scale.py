@@ -26,6 +26,13 @@ def head_factor(scale, head):
     return factor
 
 
+def head_number(scale, row):
+    """Blackwell: the scale of a row, of a parameter of `HeadScaled`."""
+    import cutlass.cute as cute
+
+    return scale[row.head] if isinstance(scale, cute.Tensor) else scale
+
+
 def head_columns(scale: torch.Tensor | float, x: torch.Tensor) -> torch.Tensor:
     """FP32 ``scale`` so that it broadcasts over ``x`` ``[..., heads, Dv]``."""
     if isinstance(scale, torch.Tensor):
@@ -74,6 +81,14 @@ def scale_rows(x, token, head, live, parameters, extra, DV):
     return x * head_factor(parameters[0], head)[:, None]
 
 
+def scale_row(row, parameters, extra):
+    """`Scale` on Blackwell."""
+    from cute_fmha.kernels.blackwell.softmax import scaled
+
+    factor = head_number(parameters[0], row)
+    return lambda x, column: scaled(x, factor)
+
+
 @dataclass(frozen=True, eq=False)
 class Scale(HeadScaled):
     """``x · scale``, rounded once to FP32 and once to ``dtype`` (None: the dtype of q).
@@ -85,6 +100,7 @@ class Scale(HeadScaled):
 
     key = "scale"
     triton = staticmethod(scale_rows)
+    blackwell = staticmethod(scale_row)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,11 +1,15 @@
-"""The one way out: TMEM → registers → epilogue op → shared memory → global memory by TMA.
+"""The one way out: TMEM → registers → epilogue op → shared memory → global memory.
 
-The output tile of ``rows`` rows leaves in chunks of 128 (or 64) bytes a row, through a ring of
-chunk buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them.
-Nothing comes back, and nothing here knows which kernel it serves.
+The output tile of ``rows`` rows leaves in chunks of 128 (or 64, 32, 16) bytes a row, through a ring
+of chunk buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them,
+by TMA, or row by row where a box would reach into rows of somebody else. Nothing comes back, and
+nothing here knows which kernel it serves.
 
     warpgroup   ld O(c) · scale · op · cast ──> chunk_full[b] ──> TMA store    one warp
                                             <── chunk_empty[b] ──  (once read)
+
+Where rows are in registers in pieces (after the combine of split-KV), `Store.write` stores them
+directly. Either way `Store.words` is where the op is applied, and the only such place.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
+from cute_fmha.epilogues.base import Kind, Row
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.epilogue import Op
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 from cute_fmha.kernels.blackwell.softmax import packed, scaled
 
@@ -31,14 +37,67 @@ class Rows(NamedTuple):
     address: Callable[[Int32], Int64]
 
 
-class Store(Fixed):
-    """Moves ``chunks`` chunks of ``chunk`` columns of one output tile."""
+Apply = Callable[[list[Float32], Any], list[Any]] | None
+"""What an op makes of columns of one row; None for a plain cast. See `EpilogueOp.blackwell`."""
 
-    def __init__(self, rows: int, chunk: int, chunks: int, dtype: Any) -> None:
+PART = 32
+"""Columns that a thread works on at a time: few, so that it gets along with few registers."""
+
+
+def columns(row: cute.Tensor, first: Any, count: int) -> list[Float32]:
+    """``count`` elements of ``row`` (COLUMNS) from ``first`` on, a multiple of ``count``; in vector
+    loads where its elements are neighbours on 16 bytes."""
+    first = first if isinstance(first, int) else cute.assume(first, divby=count)
+    layout = cute.make_layout(count, stride=row.layout.stride[0])
+    part = cute.make_tensor(cute.domain_offset((first,), row).iterator, layout)
+    values = part.load().to(Float32)
+    return [values[j] for j in range(count)]
+
+
+class Store(Fixed):
+    """Moves ``chunks`` chunks of ``chunk`` elements of ``dtype`` a row of one output tile; ``op``
+    makes a chunk from ``columns`` FP32 columns (by default as many)."""
+
+    def __init__(
+        self, rows: int, chunk: int, chunks: int, dtype: Any, op: Op | None = None, columns: int = 0
+    ) -> None:
         self.rows = rows
         self.chunk = chunk
         self.chunks = chunks
         self.dtype = dtype
+        self.op = op or Op()
+        self.columns = columns or chunk
+
+    def apply(self, row: Row, arguments: tuple[Any, ...] | None) -> Apply:
+        """What the op makes of the row; ``arguments`` are its parameters and the second output, as
+        `cute_fmha.kernels.blackwell.epilogue` passes them."""
+        function = self.op.function
+        if function is None:
+            return None
+        arguments = arguments or ()
+        kinds = self.op.parameters
+        parameters = [
+            _parameter(kind, value)
+            for kind, value in zip(kinds, arguments[: len(kinds)], strict=True)
+        ]
+        extra = arguments[len(kinds)] if len(arguments) > len(kinds) else None
+        apply: Apply = function(row, parameters, extra)
+        return apply
+
+    def words(self, x: list[Float32], column: Any, apply: Apply) -> list[Any]:
+        """What is stored of the columns ``x`` of a row from ``column`` on, in 32-bit words."""
+        made = x if apply is None else apply(x, column)
+        if self.dtype is Float32 or isinstance(made[0], Int32):
+            return made
+        return packed(made, self.dtype)
+
+    def write(self, x: list[Float32], column: Any, apply: Apply, address: Int64, live: Any) -> None:
+        """Store the columns ``x`` of a row from ``column`` on, where ``live``, without a detour;
+        ``address`` is that of the row's first byte."""
+        words = self.words(x, column, apply)
+        first = address + column * self.row_bytes // self.columns
+        for j in range(0, len(words), 4):
+            ptx.store_global(first + 4 * j, words[j : j + 4], live)
 
     @cute.jit
     def produce(
@@ -50,27 +109,31 @@ class Store(Fixed):
         zero: cutlass.Boolean,
         barriers: Barriers,
         cursor: Cursor,
+        apply: Apply = None,
+        column: Any = 0,
     ) -> Cursor:
         """Make every chunk of a tile; rows are multiplied by ``scale``, or all 0 with ``zero``.
 
+        ``apply``: of the thread's row. ``column``: of the output, in which the tile begins.
         Reads: O at TMEM address ``tO`` (unless ``zero``). Writes: the chunk buffers.
         Waits: chunk_empty. Signals: chunk_full.
         """
         if zero:
-            for _c in cutlass.range_constexpr(self.chunks):
+            for c in cutlass.range_constexpr(self.chunks):
                 cursor = self.hand_over(
-                    lambda first, count: [Float32(0.0)] * count, sO, thread, barriers, cursor
-                )
+                    lambda first, count: [Float32(0.0)] * count, sO, thread, barriers, cursor,
+                    apply, column + c * self.columns,
+                )  # fmt: skip
         else:
             for c in cutlass.range_constexpr(self.chunks):
                 cursor = self.hand_over(
                     lambda first, count, c=c: scaled(  # type: ignore[misc]
                         ptx.tcgen05_wait_load(
-                            ptx.tcgen05_load(tO + c * self.chunk + first, count)
+                            ptx.tcgen05_load(tO + c * self.columns + first, count)
                         ),
                         scale,
                     ),
-                    sO, thread, barriers, cursor,
+                    sO, thread, barriers, cursor, apply, column + c * self.columns,
                 )  # fmt: skip
         return cursor
 
@@ -89,23 +152,19 @@ class Store(Fixed):
         return buffer + row * self.row_bytes + (Int32(byte) ^ swizzle)
 
     def hand_over(
-        self, values: Callable[[int, int], list[Float32]], sO: cute.Tensor, thread: Int32,
-        barriers: Barriers, cursor: Cursor,
+        self, values: Callable[[int, int], list[Float32]], sO: cute.Tensor, row: Int32,
+        barriers: Barriers, cursor: Cursor, apply: Apply = None, column: Any = 0,
     ) -> Cursor:  # fmt: skip
-        """Write one chunk of the thread's row, its 16-byte pieces swizzled by row.
-
-        ``values(first, count)`` gives columns of the chunk; they are taken 32 at a time, so that
-        the warpgroup gets along with few registers.
-        """
+        """Make one chunk of a row: ``values(first, count)`` gives its columns, from ``column`` of
+        the output on, a few at a time."""
         barriers.wait("chunk_empty", cursor.empty_phase, cursor.index)
         buffer = sO.iterator.toint() + cursor.index * self.rows * self.row_bytes
-        width = min(32, self.chunk)
-        for first in range(0, self.chunk, width):
-            part = values(first, width)
-            words = part if self.dtype is Float32 else packed(part, self.dtype)
-            start = first * self.row_bytes // self.chunk
+        width = min(PART, self.columns)
+        for first in range(0, self.columns, width):
+            words = self.words(values(first, width), column + first, apply)
+            start = first * self.row_bytes // self.columns
             for piece in range(len(words) // 4):
-                address = self.address(buffer, thread, start + piece * 16)
+                address = self.address(buffer, row, start + piece * 16)
                 ptx.store_shared(address, words[piece * 4 : piece * 4 + 4])
         cute.arch.fence_proxy("async.shared", space="cta")
         barriers.arrive("chunk_full", cursor.index)
@@ -160,3 +219,17 @@ class Store(Fixed):
             row, byte = first // pieces, first % pieces * 16
             words = ptx.load_shared(self.address(buffer, row, byte))
             ptx.store_global(address(row) + (c * self.row_bytes + byte), words)
+
+
+def _parameter(kind: Kind, value: Any) -> Any:
+    """A parameter as an op gets it: numbers read, what is known of a tensor's rows said."""
+    if kind.dtype is None:
+        return value
+    if kind.dims == 0:
+        return Float32(value[0])
+    if not kind.rows:
+        return value
+    per_row = 16 // kind.dtype.itemsize
+    strides = [cute.assume(stride, divby=per_row) for stride in value.layout.stride[:-1]]
+    layout = cute.make_layout(value.layout.shape, stride=(*strides, 1))
+    return cute.make_tensor(value.iterator.align(16), layout)

@@ -98,6 +98,43 @@ def rounding_edges(magnitudes: torch.Tensor) -> torch.Tensor:
     return torch.cat((around(torch.cat((magnitudes, midpoints, top))), special, -special))
 
 
+E4M3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+"""The magnitudes of the formats, in the order of their codes."""
+
+
+def nvfp4_edges() -> list[torch.Tensor]:
+    """Rows in which NVFP4 rounds elements, or scales, at the edges of their formats."""
+    # A 6 in each block makes its scale 1: the others are rounded as they are.
+    edges = rounding_edges(E2M1)
+    edges = edges[edges.abs() <= 6]
+    blocks = torch.nn.functional.pad(edges, (0, -len(edges) % 15)).view(-1, 15)
+    elements = fill_rows(torch.nn.functional.pad(blocks, (0, 1), value=6.0).flatten(), 64)
+    peaks = rounding_edges(E4M3)[:, None] * torch.tensor([6.0])
+    return [elements, fill_rows((peaks * torch.linspace(-1, 1, 16)).flatten(), 64)]
+
+
+SPECIAL_BLOCKS: list[tuple[tuple[float, ...], float, list[int], int]] = [
+    ((0.0, -0.0), 1.0, [0x80], 0),
+    ((6.0, -3.0), 1.0, [0xD7], 0x38),
+    ((torch.inf, 1.0, -torch.inf, -1.0), 1.0, [0x07, 0x8F], 0x7E),
+    ((torch.inf, 448.0), 1.0, [0x27], 0x7E),
+    ((torch.nan, 1.0), 1.0, [0x77], 0x7F),
+    ((1.0, -torch.nan, torch.inf, 0.0), 1.0, [0x77, 0x77], 0x7F),
+    ((1e9, -1e-3), 1.0, [0x87], 0x7E),
+    # Half of the smallest e4m3 goes to even, to 0, and takes the block with it.
+    ((6 * 2.0**-10, -1.0 * 2.0**-10), 1.0, [0x80], 0),
+    ((6.1 * 2.0**-10, -3.1 * 2.0**-10), 1.0, [0xB5], 1),
+    ((3e38, -3e38), 1e30, [0xF7], 0x7E),
+]
+"""The first elements of a block of zeros, NVFP4's global scale, bytes and scale of the block."""
+
+
+def block_of(*leading: float) -> torch.Tensor:
+    """One block of 16 (and three of zeros): the given elements, then zeros."""
+    return fill_rows(torch.tensor(leading), 64)
+
+
 def fill_rows(values: torch.Tensor, dv: int) -> torch.Tensor:
     """``values`` as rows ``[tokens, 1, dv]``, ending in zeros."""
     padding = -values.numel() % dv

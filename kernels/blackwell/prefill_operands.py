@@ -13,6 +13,8 @@ DTYPES = {
     torch.float16: cutlass.Float16,
     torch.bfloat16: cutlass.BFloat16,
     torch.float32: cutlass.Float32,
+    torch.float8_e4m3fn: cutlass.Uint8,
+    torch.uint8: cutlass.Uint8,
 }
 
 SKIPPED = -1.0

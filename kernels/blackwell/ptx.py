@@ -217,6 +217,72 @@ def store_global(address: Int64, values: list[Any], live: Any = True, *, loc=Non
     )  # fmt: skip
 
 
+@dsl_user_op
+def store_global_bytes(
+    address: Int64, value: Int32, count: int, live: Any, *, loc=None, ip=None
+) -> None:
+    """st.global of the lowest one, two or four bytes of ``value``, where ``live``."""
+    _asm(
+        f"{{\n\t.reg .pred p;\n\tsetp.ne.b32 p, $1, 0;\n\t"
+        f"@p st.global.b{8 * count} [$0], $2;\n\t}}",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int64(address), Int32(live), Int32(value))],
+        "l,r,r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def max3_magnitude(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
+    """max.NaN.abs.f32 of three: the largest magnitude, NaN if one of them is NaN."""
+    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
+    result = _asm(
+        "max.NaN.abs.f32 $0, $1, $2, $3;", [T.f32()], operands, "=f,f,f,f", effects=False,
+        loc=loc, ip=ip,
+    )  # fmt: skip
+    return Float32(result)
+
+
+@dsl_user_op
+def pack_e4m3(values: list[Float32], *, loc=None, ip=None) -> Int32:
+    """cvt.rn.satfinite.e4m3x2.f32 of up to four values, the first in the lowest byte: beyond the
+    range ±448, NaN 0x7F. Bytes for which there is no value are 0."""
+    zero = Float32(0.0)
+    operands = [(values[j] if j < len(values) else zero).ir_value(loc=loc, ip=ip) for j in range(4)]
+    result = _asm(
+        "{\n\t.reg .b16 low, high;\n\tcvt.rn.satfinite.e4m3x2.f32 low, $2, $1;\n\t"
+        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;\n\tmov.b32 $0, {low, high};\n\t}",
+        [T.i32()], operands, "=r,f,f,f,f", effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+@dsl_user_op
+def unpack_e4m3(codes: Int32, *, loc=None, ip=None) -> list[Float32]:
+    """cvt.rn.f16x2.e4m3x2: the values of the two lowest bytes, exact."""
+    result = _asm(
+        "{\n\t.reg .b16 pair, a, b;\n\t.reg .b32 both;\n\tcvt.u16.u32 pair, $2;\n\t"
+        "cvt.rn.f16x2.e4m3x2 both, pair;\n\tmov.b32 {a, b}, both;\n\t"
+        "cvt.f32.f16 $0, a;\n\tcvt.f32.f16 $1, b;\n\t}",
+        [T.f32()] * 2, [Int32(codes).ir_value(loc=loc, ip=ip)], "=f,=f,r", effects=False,
+        loc=loc, ip=ip,
+    )  # fmt: skip
+    return _floats(result, 2, loc, ip)
+
+
+@dsl_user_op
+def pack_e2m1(values: list[Float32], *, loc=None, ip=None) -> Int32:
+    """cvt.rn.satfinite.e2m1x2.f32 of eight values, the first in the lowest four bits: beyond the
+    range ±6, NaN +6."""
+    pairs = " ".join(
+        f"cvt.rn.satfinite.e2m1x2.f32 b{j}, ${2 * j + 2}, ${2 * j + 1};" for j in range(4)
+    )
+    result = _asm(
+        f"{{\n\t.reg .b8 b0, b1, b2, b3;\n\t{pairs}\n\tmov.b32 $0, {{b0, b1, b2, b3}};\n\t}}",
+        [T.i32()], [value.ir_value(loc=loc, ip=ip) for value in values],
+        ",".join(["=r"] + ["f"] * 8), effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
 def _mma(
     steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str,
     form: str = "cta_group::1",

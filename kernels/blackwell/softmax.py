@@ -77,6 +77,11 @@ def tanh(x: Float32) -> Float32:
     return cutlass.select_(square < 0.0625, x * series, far)
 
 
+def sigmoid(x: Float32) -> Float32:
+    """1 / (1 + e^−x)."""
+    return cute.arch.rcp_approx(ptx.exp2(x * -LOG2_E) + 1.0)
+
+
 def capped(scores: list[Float32], inner: Float32) -> list[Float32]:
     """tanh(inner · s), inner = scale / cap: with c = cap · log2 e they replace the raw scores."""
     return [tanh(score * inner) for score in scores]
@@ -114,6 +119,18 @@ def scaled(values: list[Float32], factor: Float32) -> list[Float32]:
     for j in range(0, len(values), 2):
         result += cute.arch.mul_packed_f32x2((values[j], values[j + 1]), (factor, factor))
     return result
+
+
+def largest_magnitude(values: list[Float32]) -> Float32:
+    """max |values|; NaN if one of them is NaN."""
+    while len(values) > 1:
+        values = [
+            ptx.max3_magnitude(values[j], *(values[j + 1 : j + 3] * 2)[:2])
+            if j + 1 < len(values)
+            else values[j]
+            for j in range(0, len(values), 3)
+        ]
+    return values[0]
 
 
 def row_sum(values: list[Float32], start: Float32) -> Float32:

@@ -13,8 +13,13 @@ import pytest
 import torch
 import triton.language as tl
 from fragments import (
+    E2M1,
+    E4M3,
+    SPECIAL_BLOCKS,
     any_floats,
+    block_of,
     fill_rows,
+    nvfp4_edges,
     on_reference,
     on_triton,
     rounding_edges,
@@ -43,8 +48,6 @@ from cute_fmha.testing import (
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN, inf and zeros on purpose
 triton_only = pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=1 is not set")
 
-E4M3 = torch.arange(0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
-E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 HEADS = torch.tensor([0.037, 1.0, 3.0, 250.0])
 
 
@@ -176,33 +179,14 @@ def test_nvfp4_decodes_to_what_was_stored(global_scale):
     assert torch.equal(decoded(on_reference(NVFP4(), exact), exact.shape, 1.0), exact.double())
 
 
-def block_of(*leading: float) -> torch.Tensor:
-    """One block of 16 (and three of zeros): the given elements, then zeros."""
-    return fill_rows(torch.tensor(leading), 64)
-
-
 @pytest.mark.parametrize("run", [on_reference, pytest.param(on_triton, marks=triton_only)])
-def test_nvfp4_special_blocks(run):
+@pytest.mark.parametrize(("leading", "global_scale", "packed", "scale"), SPECIAL_BLOCKS)
+def test_nvfp4_special_blocks(run, leading, global_scale, packed, scale):
     """Zeros, infinities, NaN, scales that over- and underflow: bytes and scale of the block."""
-    inf, nan = torch.inf, torch.nan
-
-    def first(*leading: float, g: float = 1.0) -> tuple[list[int], int]:
-        packed, scales = run(NVFP4(g), block_of(*leading))
-        assert not packed[0, 0, 8:].any()
-        assert not scales.view(torch.uint8)[0, 1:4].any()
-        return packed[0, 0, : len(leading) // 2].tolist(), int(scales.view(torch.uint8)[0, 0])
-
-    assert first(0.0, -0.0) == ([0x80], 0)
-    assert first(6.0, -3.0) == ([0xD7], 0x38)
-    assert first(inf, 1.0, -inf, -1.0) == ([0x07, 0x8F], 0x7E)
-    assert first(inf, 448.0) == ([0x27], 0x7E)
-    assert first(nan, 1.0) == ([0x77], 0x7F)
-    assert first(1.0, -nan, inf, 0.0) == ([0x77, 0x77], 0x7F)
-    assert first(1e9, -1e-3) == ([0x87], 0x7E)
-    # Half of the smallest e4m3 goes to even, to 0, and takes the block with it.
-    assert first(6 * 2.0**-10, -1.0 * 2.0**-10) == ([0x80], 0)
-    assert first(6.1 * 2.0**-10, -3.1 * 2.0**-10) == ([0xB5], 1)
-    assert first(3e38, -3e38, g=1e30) == ([0xF7], 0x7E)
+    result = run(NVFP4(global_scale), block_of(*leading))
+    assert result.packed[0, 0, : len(packed)].tolist() == packed
+    assert not result.packed[0, 0, 8:].any()
+    assert result.scales.view(torch.uint8)[0, :4].tolist() == [scale, 0, 0, 0]
 
 
 def ops_for(x: torch.Tensor) -> list[EpilogueOp]:
@@ -235,18 +219,11 @@ def test_fragments_have_the_same_bits(heads, dv):
 def test_rounding_edges_have_the_same_bits():
     x = fill_rows(rounding_edges(E4M3), 64)
     assert same_bits(on_triton(FP8(1.0), x), on_reference(FP8(1.0), x))
-    # A 6 in each block makes its scale 1: the others are rounded as they are.
-    edges = rounding_edges(E2M1)
-    edges = edges[edges.abs() <= 6]
-    blocks = torch.nn.functional.pad(edges, (0, -len(edges) % 15)).view(-1, 15)
-    x = fill_rows(torch.nn.functional.pad(blocks, (0, 1), value=6.0).flatten(), 64)
-    expected = on_reference(NVFP4(), x)
-    assert (expected.scales.view(torch.uint8)[: x.shape[0]] == 0x38).any()
-    assert same_bits(on_triton(NVFP4(), x), expected)
-    # Block maxima whose scale falls on the edges of e4m3.
-    peaks = rounding_edges(E4M3)[:, None] * torch.tensor([6.0])
-    x = fill_rows((peaks * torch.linspace(-1, 1, 16)).flatten(), 64)
-    assert same_bits(on_triton(NVFP4(), x), on_reference(NVFP4(), x))
+    elements, scales = nvfp4_edges()
+    expected = on_reference(NVFP4(), elements)
+    assert (expected.scales.view(torch.uint8)[: elements.shape[0]] == 0x38).any()
+    assert same_bits(on_triton(NVFP4(), elements), expected)
+    assert same_bits(on_triton(NVFP4(), scales), on_reference(NVFP4(), scales))
 
 
 ODD = Heads(3, 1, 96, 96)

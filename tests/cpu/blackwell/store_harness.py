@@ -1,39 +1,41 @@
-"""`Store` alone: FP32 fragments through the chunk ring, one tile per CTA (not collected)."""
+"""`Store` alone: FP32 fragments through an op and out, one tile per CTA (not collected)."""
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Int32, Int64
+from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
+from cute_fmha.epilogues import EpilogueOp
+from cute_fmha.epilogues.base import Row, kind_of
 from cute_fmha.epilogues.store import Rows, Store
+from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, device_view
 from cute_fmha.kernels.blackwell.pipelines import Barrier, Barriers, Cursor, Topology
 from cute_fmha.kernels.blackwell.plan import Role
-from cute_fmha.kernels.blackwell.prefill import DTYPES
+from cute_fmha.kernels.blackwell.prefill_operands import DTYPES
 
 ROWS, STAGES = 128, 2
 
 
 class FragmentKernel:
-    """Packed sequences of ``x`` [TOKENS, HEADS, DV], a tile of 128 rows per CTA (tile, sequence,
-    head). Warps 0–3 hand over one row each, warp 4 stores."""
+    """Packed sequences of FP32 ``x`` [TOKENS, HEADS, DV], a tile of 128 rows per CTA (tile,
+    sequence, head). Warps 0–3 hand over one row each and warp 4 stores them; or, with ``run``,
+    each of their threads stores runs of so many columns of any row itself."""
 
-    def __init__(self, dv: int, dtype: torch.dtype, ragged: bool) -> None:
-        self.ragged = ragged
-        self.dtype = DTYPES[dtype]
-        chunk_bytes = 128 if dv * dtype.itemsize % 128 == 0 else 64
-        self.chunk = chunk_bytes // dtype.itemsize
-        self.store = Store(ROWS, self.chunk, dv // self.chunk, self.dtype)
-        roles = (Role("make", (0, 1, 2, 3), 128), Role("store", (4,), 128))
+    def __init__(self, leaving: Leaving, run: int = 0, ragged: bool = True) -> None:
+        self.leaving, self.run, self.ragged = leaving, run, ragged
+        self.dtype = DTYPES[leaving.dtype]
+        self.store = Store(
+            ROWS, leaving.chunk, leaving.chunks, self.dtype, leaving.op, leaving.chunk_columns
+        )
         self.topology = Topology(
-            roles,
+            (Role("make", (0, 1, 2, 3), 128), Role("store", (4,), 128)),
             (
                 Barrier("chunk_full", STAGES, (("make", "warp"),)),
                 Barrier("chunk_empty", STAGES, (("store", "warp"),)),
@@ -41,24 +43,27 @@ class FragmentKernel:
         )
 
     @cute.jit
-    def __call__(self, x: cute.Tensor, out: cute.Tensor, starts: cute.Tensor, tiles: Int32):
+    def __call__(
+        self, x: cute.Tensor, out: cute.Tensor, starts: cute.Tensor, tiles: Int32,
+        arguments: tuple | None,
+    ):  # fmt: skip
         layout = cutlass.utils.blackwell_helpers.make_smem_layout_epi(
-            self.dtype, cutlass.utils.LayoutEnum.ROW_MAJOR, (ROWS, self.chunk), STAGES
+            self.dtype, cutlass.utils.LayoutEnum.ROW_MAJOR, (ROWS, self.leaving.chunk), STAGES
         )
-        # (TOKENS, DV, HEADS)
+        # (TOKENS, COLUMNS, HEADS)
         mO = cute.make_tensor(out.iterator, cute.select(out.layout, mode=[0, 2, 1]))
         tma, gO = cpasync.make_tiled_tma_atom(
             cpasync.CopyBulkTensorTileS2GOp(), mO, cute.select(layout, mode=[0, 1]),
-            (ROWS, self.chunk),
+            (ROWS, self.leaving.chunk),
         )  # fmt: skip
-        self.kernel(x, mO, tma, gO, starts, layout).launch(
+        self.kernel(x, mO, tma, gO, starts, layout, arguments).launch(
             grid=(tiles, starts.shape[0] - 1, x.shape[1]), block=(160, 1, 1)
         )
 
     @cute.kernel
     def kernel(
         self, x: cute.Tensor, out: cute.Tensor, tma: cute.CopyAtom, mO: cute.Tensor,
-        starts: cute.Tensor, layout: cute.ComposedLayout,
+        starts: cute.Tensor, layout: cute.ComposedLayout, arguments: tuple | None,
     ):  # fmt: skip
         @cute.struct
         class Storage:
@@ -78,52 +83,78 @@ class FragmentKernel:
         cute.arch.sync_threads()
         if first < end:
             if warp < 4:
-                self.make(
-                    x, sO, barriers.of("make"), thread, cutlass.min(first + thread, end - 1), head
-                )
-            else:
+                if cutlass.const_expr(self.run):
+                    self.write(x, out, thread, first, end, head, arguments)
+                else:
+                    self.make(x, sO, barriers.of("make"), thread, first, end, head, arguments)
+            elif cutlass.const_expr(not self.run):
                 rows = None
                 if cutlass.const_expr(self.ragged):
-                    rows = Rows(
-                        end - first,
-                        lambda row: cute.domain_offset(
-                            (first + row, 0, head), out
-                        ).iterator.toint(),
-                    )
+                    rows = Rows(end - first, lambda row: self.address(out, first + row, head))
                 mine = cute.domain_offset((first, 0, head), mO)
-                gO = cute.local_tile(mine[None, None, 0], (ROWS, self.chunk), (0, None))
+                gO = cute.local_tile(mine[None, None, 0], (ROWS, self.leaving.chunk), (0, None))
                 self.store.consume(tma, gO, sO, barriers.of("store"), Cursor(STAGES), rows)
                 cute.arch.cp_async_bulk_wait_group(0)
 
-    def make(self, x, sO, barriers, thread, token, head):
+    def address(self, out: cute.Tensor, token: Int32, head: Int32) -> Int64:
+        return cute.domain_offset((token, 0, head), out).iterator.toint()
+
+    def make(self, x, sO, barriers, thread, first, end, head, arguments):
+        token, live = cutlass.min(first + thread, end - 1), first + thread < end
+        width = self.leaving.columns
+        apply = self.store.apply(Row(token, head, live, width), arguments)
         cursor = Cursor(STAGES)
-        for c in range(self.store.chunks):
-            cursor = self.store.hand_over(
-                lambda first, count, c=c: [
-                    x[token, head, c * self.chunk + first + j] for j in range(count)
-                ],
-                sO,
-                thread,
-                barriers,
-                cursor,
-            )
+        for chunk in range(self.leaving.chunks):
+            start = chunk * self.leaving.chunk_columns
+
+            def values(first: int, count: int, start: int = start) -> list[Float32]:
+                return [x[token, head, start + first + j] for j in range(count)]
+
+            cursor = self.store.hand_over(values, sO, thread, barriers, cursor, apply, start)
+
+    def write(self, x, out, thread, first, end, head, arguments):
+        width = self.leaving.columns
+        runs = width // self.run
+        for turn in range(ROWS * runs // 128):
+            index = turn * 128 + thread
+            row, column = first + index // runs, index % runs * self.run
+            token, live = cutlass.min(row, end - 1), row < end
+            apply = self.store.apply(Row(token, head, live, width), arguments)
+            values = [x[token, head, column + j] for j in range(self.run)]
+            self.store.write(values, column, apply, self.address(out, token, head), live)
 
 
-def tensor(x: torch.Tensor) -> Any:
-    return device_tensor(x, 16).mark_layout_dynamic(leading_dim=x.dim() - 1)
+def leading(x: torch.Tensor) -> int | None:
+    """The dimension of ``x`` whose stride is 1 in the kernel's layout; all others are dynamic."""
+    return next((i for i in reversed(range(x.dim())) if x.stride(i) == 1), None)
 
 
-@functools.cache
-def compiled(dv: int, dtype: torch.dtype, ragged: bool) -> Any:
-    x, out = torch.zeros(1, 1, dv), torch.zeros(1, 1, dv, dtype=dtype)
-    starts = torch.zeros(2, dtype=torch.int32)
-    return compile_kernel(
-        FragmentKernel(dv, dtype, ragged), *map(tensor, (x, out, starts)), Int32(1)
-    )
+def tensor(x: torch.Tensor, align: int = 16) -> Any:
+    return device_tensor(x, align).mark_layout_dynamic(leading_dim=leading(x))
 
 
-def run(x: torch.Tensor, out: torch.Tensor, lengths: list[int], policy: Policy, ragged=True) -> Any:
+def argument(x: torch.Tensor | float) -> Any:
+    """A parameter of an op as the kernel takes it."""
+    if not isinstance(x, torch.Tensor):
+        return Float32(x)
+    return tensor(device_view(x), 16 if kind_of(x).rows else x.element_size())
+
+
+_kernels: dict[Any, Any] = {}
+
+
+def run(
+    op: EpilogueOp, x: torch.Tensor, out: torch.Tensor, lengths: list[int], policy: Policy,
+    extra: torch.Tensor | None = None, **variant: Any,
+) -> Any:  # fmt: skip
+    """Store what ``op`` makes of ``x`` [TOKENS, HEADS, DV]; returns the report."""
+    parameters: tuple[torch.Tensor | float, ...] = (*op.tensors, *op.values)
+    leaving = Leaving(Op(op.key, tuple(map(kind_of, parameters))), out.dtype, x.shape[-1])
+    values = (*parameters, *(() if extra is None else (extra,)))
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
-    kernel = compiled(x.shape[-1], out.dtype, ragged)
-    tiles = -(-max(lengths) // ROWS)
-    return emulate(kernel, *map(tensor, (x, out, starts)), Int32(tiles), policy=policy)
+    tensors = [tensor(t) for t in (x, device_view(out), starts)]
+    arguments = (*tensors, Int32(-(-max(lengths) // ROWS)), tuple(map(argument, values)) or None)
+    key = (leaving, *map(leading, op.tensors), *sorted(variant.items()))
+    if key not in _kernels:
+        _kernels[key] = compile_kernel(FragmentKernel(leaving, **variant), *arguments)
+    return emulate(_kernels[key], *arguments, policy=policy)

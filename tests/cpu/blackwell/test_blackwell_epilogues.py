@@ -1,38 +1,228 @@
-"""The way out of the Blackwell kernels: `Store` alone on fragments."""
+"""Epilogue ops on Blackwell: `Store` alone, on fragments, bit by bit against the specification."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from fragments import (
+    E4M3,
+    SPECIAL_BLOCKS,
+    allocate,
+    any_floats,
+    block_of,
+    fill_rows,
+    nvfp4_edges,
+    on_reference,
+    on_triton,
+    rounding_edges,
+    same_bits,
+)
+
+from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, Scale
+from cute_fmha.epilogues.nvfp4 import swizzle
+from cute_fmha.kernels.triton.plan import interpreting
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 stores = pytest.importorskip("store_harness")
 harness = pytest.importorskip("prefill_harness")
 
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN, inf and zeros on purpose
 policies = pytest.mark.parametrize(
     "policy", harness.POLICIES, ids=lambda policy: f"{policy.mode}{policy.seed or ''}"
 )
+RANDOM = harness.POLICIES[2]
+HEADS = torch.tensor([0.037, 1.0, 250.0])
+GUARD = 0x5A
 
 
-def guarded(
-    shape: tuple[int, ...], dtype: torch.dtype, fill: float = 7.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(an output among guard elements before, after and between its rows; all of the memory)."""
-    tokens, heads, columns = shape
-    memory = torch.full((tokens + 300, heads, columns + 64), fill).to(dtype)
-    return memory[150 : 150 + tokens, :, :columns], memory
+def guarded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(memory like ``x`` among guard bytes before, after and between its rows, all the bytes)."""
+    tokens, heads, columns = x.shape
+    size = x.element_size()
+    memory = torch.full((tokens + 300, heads, (columns + 64) * size), GUARD, dtype=torch.uint8)
+    inside = memory.view(x.dtype)[150 : 150 + tokens, :, :columns]
+    return inside, memory
+
+
+def on_blackwell(
+    op: EpilogueOp, x: torch.Tensor, lengths: list[int] | None = None, policy: Any = RANDOM,
+    **variant: Any,
+) -> Any:  # fmt: skip
+    """What ``op`` makes of ``x`` [tokens, heads, Dv], sequences of ``lengths``; nothing else is
+    written, neither beside the rows nor in the padding of the scales."""
+    lengths = lengths or [x.shape[0]]
+    like, extra = allocate(op, x)
+    out, memory = guarded(like)
+    padding = torch.zeros(0, dtype=torch.bool)
+    if extra is not None:
+        codes = extra.view(torch.uint8)
+        ones = torch.ones(x.shape[0], x.shape[1] * x.shape[2] // 16, dtype=torch.float8_e4m3fn)
+        padding = (swizzle(ones).view(torch.uint8) == 0).view(codes.shape)
+        codes.fill_(GUARD)
+    stores.run(op, x, out, lengths, policy, extra, **variant)
+    result = out.clone()
+    out.view(torch.uint8).fill_(GUARD)
+    assert (memory == GUARD).all(), "bytes beside the rows were written"
+    if extra is not None:
+        assert (codes[padding] == GUARD).all(), "padding of the scales was written"
+        codes[padding] = 0
+    return op.result(result, extra)
+
+
+OUTPUTS = {
+    "bf16": Identity(torch.bfloat16), "fp32": Identity(torch.float32),
+    "scale": Scale(HEADS[:2], torch.float16), "fp8": FP8(torch.tensor(0.3)),
+    "nvfp4": NVFP4(torch.tensor([0.7])),
+}  # fmt: skip
 
 
 @policies
-@pytest.mark.parametrize(
-    ("dv", "dtype"), [(128, torch.bfloat16), (96, torch.float16), (64, torch.float32)]
-)
-def test_ragged_rows_end_where_the_next_sequence_begins(policy, dv, dtype):
+@pytest.mark.parametrize("op", OUTPUTS.values(), ids=OUTPUTS)
+def test_ragged_rows_end_where_the_next_sequence_begins(policy, op):
     """Sequences without a row, with one row, with whole tiles, and with both."""
     lengths = [130, 0, 256, 1, 77]
-    x = torch.randn(sum(lengths), 2, dv)
-    out, memory = guarded(x.shape, dtype)
-    stores.run(x, out, lengths, policy)
-    assert torch.equal(out, x.to(dtype))
-    out.fill_(7.0)
-    assert (memory == 7.0).all(), "memory beside the rows was written"
+    x = torch.randn(sum(lengths), 2, 96)
+    assert same_bits(on_blackwell(op, x, lengths, policy), on_reference(op, x))
+
+
+def ops_for(x: torch.Tensor) -> list[EpilogueOp]:
+    scales = HEADS[: x.shape[1]]
+    return [
+        Identity(torch.bfloat16), Identity(torch.float16),
+        Scale(0.37), Scale(scales, torch.float16),
+        FP8(1.0), FP8(scales), FP8(torch.tensor(0.3)),
+        NVFP4(), NVFP4(300.0), NVFP4(torch.tensor([0.7])), NVFP4(1e30), NVFP4(1e-30),
+    ]  # fmt: skip
+
+
+def agree(actual: Any, expected: Any) -> bool:
+    """Whether all bits are the same, but for the payloads of NaN in 16 and 32 bits."""
+
+    def quiet(x: Any) -> Any:
+        return (
+            torch.where(x.isnan(), torch.nan, x)
+            if isinstance(x, torch.Tensor) and x.itemsize > 1
+            else x
+        )
+
+    return same_bits(quiet(actual), quiet(expected))
+
+
+def fragments(tokens: int, heads: int, dv: int) -> list[torch.Tensor]:
+    """Every exponent, the values of a real output, and blocks of all sizes."""
+    powers = 2.0 ** torch.randint(-20, 20, (tokens, heads, 1))
+    return [
+        any_floats(tokens, heads, dv, seed=dv),
+        torch.randn(tokens, heads, dv),
+        torch.randn(tokens, heads, dv) * powers,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dv", "run"),
+    [
+        (64, 0), (96, 16),
+        *(
+            pytest.param(dv, run, marks=pytest.mark.sweep)
+            for dv in (64, 96, 128, 256, 512)
+            for run in (0, 16, 32)
+        ),
+    ],
+)  # fmt: skip
+def test_fragments_have_the_same_bits(dv, run):
+    """Through the chunk ring, and (``run``) stored by whoever holds so many columns of a row."""
+    for x in fragments(150, 3, dv):
+        for op in ops_for(x):
+            assert agree(on_blackwell(op, x, run=run), on_reference(op, x)), op
+
+
+@pytest.mark.skipif(not interpreting(), reason="TRITON_INTERPRET=1 is not set")
+def test_triton_stores_the_same_bits():
+    for x in fragments(30, 3, 64):
+        for op in ops_for(x)[2:]:
+            assert agree(on_blackwell(op, x), on_triton(op, x)), op
+
+
+def test_rounding_edges_have_the_same_bits():
+    x = fill_rows(rounding_edges(E4M3), 64)
+    assert same_bits(on_blackwell(FP8(1.0), x), on_reference(FP8(1.0), x))
+    for x in nvfp4_edges():
+        assert same_bits(on_blackwell(NVFP4(), x), on_reference(NVFP4(), x))
+
+
+@pytest.mark.parametrize(("leading", "global_scale", "packed", "scale"), SPECIAL_BLOCKS)
+def test_nvfp4_special_blocks(leading, global_scale, packed, scale):
+    """Zeros, infinities, NaN, scales that over- and underflow: bytes and scale of the block."""
+    result = on_blackwell(NVFP4(global_scale), block_of(*leading))
+    assert result.packed[0, 0, : len(packed)].tolist() == packed
+    assert not result.packed[0, 0, 8:].any()
+    assert result.scales.view(torch.uint8)[0, :4].tolist() == [scale, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "run"),
+    [
+        (torch.float16, 0),
+        *(
+            pytest.param(dtype, run, marks=pytest.mark.sweep)
+            for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+            for run in (0, 16, 32)
+        ),
+    ],
+)
+def test_gate_in_any_layout(dtype, run):
+    """Rows on 16 bytes, no contiguous dimension, and contiguous rows anywhere."""
+    x = torch.randn(140, 2, 64)
+    flat = torch.randn(x.numel() + 1).to(dtype)
+    for gate in (
+        torch.randn(x.shape).to(dtype),
+        torch.randn(*x.shape, 2).to(dtype)[..., 0],
+        flat[1:].view(x.shape),
+    ):
+        out = on_blackwell(Gate(gate), x, run=run)
+        torch.testing.assert_close(out, x * gate.float().sigmoid(), rtol=1e-6, atol=1e-6)
+
+
+class Centred(EpilogueOp):
+    """e4m3 of ``|x| − offset[token]``."""
+
+    key = "test:centred"
+
+    def __init__(self, offset: torch.Tensor) -> None:
+        self.offset = offset
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.offset,)
+
+    def out_dtype(self, input_dtype: torch.dtype) -> torch.dtype:
+        return torch.float8_e4m3fn
+
+    @staticmethod
+    def reference(x, parameters, out_dtype):
+        made = x.abs() - parameters[0][:, None, None]
+        return made.clamp(-448, 448).to(out_dtype)
+
+    @staticmethod
+    def blackwell(row, parameters, extra):
+        from cutlass import cute
+
+        from cute_fmha.kernels.blackwell import ptx
+
+        offset = parameters[0][row.token]
+
+        def apply(x, column):
+            made = [cute.arch.fmax(value, -value) - offset for value in x]
+            return [ptx.pack_e4m3(made[j : j + 4]) for j in range(0, len(made), 4)]
+
+        return apply
+
+
+@policies
+def test_own_op(policy):
+    op = Centred(torch.randn(140))
+    x = torch.randn(140, 2, 64)
+    for run in (0, 32):
+        assert same_bits(on_blackwell(op, x, [140], policy, run=run), on_reference(op, x))

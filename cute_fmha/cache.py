@@ -97,14 +97,9 @@ def digest(parts: Iterable[str | bytes]) -> str:
 
 
 def source_digest(files: Iterable[Path]) -> str:
-    """Of Python sources by name and content."""
-    return digest(
-        part for file in sorted(files) for part in (f"{file.parent.name}/{file.name}", _read(file))
-    )
-
-
-def _read(file: Path) -> bytes:
-    return file.read_bytes()
+    """Of Python sources by name and content, wherever they are installed."""
+    contents = {f"{file.parent.name}/{file.name}": file.read_bytes() for file in files}
+    return digest(part for name in sorted(contents) for part in (name, contents[name]))
 
 
 def describe(value: object) -> str:

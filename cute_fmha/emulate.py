@@ -14,6 +14,10 @@ Examples::
     python -m cute_fmha.emulate examples/vector_add.py:main --policy all
     python -m cute_fmha.emulate my_kernels.attention:check --policy random --seed 7 --slice 16
     python -m cute_fmha.emulate fmha.py --trace 0 --out results -- --q_shape 1,256,1,64
+    python -m cute_fmha.emulate --kernel prefill --problem b2,sq300,sk512,hq8,hkv2,d128,causal,bf16
+
+The last runs a kernel of this package on random inputs, as ``backend="emulator"`` does, and holds
+it against the specification in FP64 at the quality gates. PROBLEM: see the end of this help.
 
 Every kernel that is launched runs on a functional model of an sm_100a GPU. For each launch there
 are its shape, the findings (data races, missing fences, uninitialised reads, accesses outside of
@@ -32,6 +36,7 @@ import dataclasses
 import importlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import runpy
@@ -45,6 +50,7 @@ from typing import Any
 
 import torch
 
+from cute_fmha.emulate_kernel import KERNELS, Outcome, kernel_target
 from cute_fmha.emulator import timeline
 from cute_fmha.emulator.build import BuildError
 from cute_fmha.emulator.capture import Capture, Launch, Report, execute
@@ -52,6 +58,7 @@ from cute_fmha.emulator.device import CaptureError, Device, patched
 from cute_fmha.emulator.machine import EmulationError, Policy, Result, UnmodelledError
 from cute_fmha.emulator.programs import emulating
 from cute_fmha.emulator.report import launch_record, launch_text, short_name
+from cute_fmha.problem_text import SYNTAX, ProblemError
 
 POLICIES = ("eager", "lazy", "random")
 
@@ -251,6 +258,7 @@ class Run:
     policy: Policy
     reports: list[Report]
     errors: list[Comparison]
+    note: str = ""  # on the result
     failure: str = ""  # what the target itself raised
     files: list[Path] = dataclasses.field(default_factory=list)
 
@@ -323,6 +331,8 @@ def run_target(target: Callable[[], Any], policy: Policy, session: Session) -> R
     run = session.run = Run(policy, [], [])
     try:
         returned = target()
+        if isinstance(returned, Outcome):
+            run.failure, run.note, returned = returned.failure, returned.note, returned.pairs
         run.errors = comparisons(returned)
     except (CommandError, CaptureError, UnmodelledError, BuildError):
         raise
@@ -369,6 +379,7 @@ def run_text(run: Run, tiles: float | None) -> str:
     for report, launch, result in launches:
         lines += launch_text(report, launch, result, tiles)
     lines += [f"error against expected: {error}" for error in run.errors]
+    lines += [run.note] if run.note else []
     lines += [f"written: {path}" for path in run.files]
     if run.failure:
         lines += ["the code itself failed:", run.failure]
@@ -381,6 +392,7 @@ def run_record(run: Run, tiles: float | None) -> dict[str, Any]:
         "found": run.found,
         "launches": [launch_record(*launch, tiles) for launch in run.launches()],
         "errors": [dataclasses.asdict(error) for error in run.errors],
+        "note": run.note,
         "failure": run.failure,
         "files": [str(path) for path in run.files],
     }
@@ -401,17 +413,19 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m cute_fmha.emulate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The package has no Blackwell kernels of its own yet, hence no option to name one.",
+        epilog=SYNTAX,
     )
     add = parser.add_argument
-    add("target", metavar="TARGET", help="MODULE:FUNCTION, FILE.py:FUNCTION or FILE.py")
+    add("target", metavar="TARGET", nargs="?", help="MODULE:FUNCTION, FILE.py:FUNCTION or FILE.py")
+    add("--kernel", choices=KERNELS, help="a kernel of this package, in place of TARGET")
+    add("--problem", metavar="PROBLEM", help="what --kernel runs, as below")
     add(
         "--policy",
         action="append",
         choices=(*POLICIES, "all"),
         help="when asynchronous operations complete; may be repeated (default: eager)",
     )
-    add("--seed", type=int, default=0, help="of the random policy")
+    add("--seed", type=int, default=0, help="of the random policy, and of --kernel's inputs")
     add(
         "--slice",
         type=_positive,
@@ -420,10 +434,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--resident", type=_positive, default=4, help="CTAs on the GPU at a time (default: 4)")
     add("--arch", default="sm_100a", help="what to compile for (default: %(default)s)")
+    add("--sms", type=_positive, default=148, help="of the emulated GPU (default: %(default)s)")
     add(
         "--strict-tmem-load",
         action="store_true",
-        help="what tcgen05.ld loads is undefined before tcgen05.wait::ld, as the ISA has it",
+        help="what tcgen05.ld loads is undefined before tcgen05.wait::ld, as the ISA has it "
+        "(always with --kernel)",
     )
     add(
         "--strict-cp-async",
@@ -453,7 +469,7 @@ def _policies(options: argparse.Namespace) -> list[Policy]:
             seed=options.seed,
             slice=options.slice,
             resident=options.resident,
-            strict_tmem_load=options.strict_tmem_load,
+            strict_tmem_load=options.strict_tmem_load or options.kernel is not None,
             strict_cp_async=options.strict_cp_async,
             benign_races=options.benign_races,
             races=not options.no_races,
@@ -468,12 +484,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     own, rest = given, []
     if "--" in given:
         own, rest = given[: given.index("--")], given[given.index("--") + 1 :]
-    options = make_parser().parse_args(own)
-    progress = Progress(not (options.json or options.quiet))
+    parser = make_parser()
+    options = parser.parse_args(own)
+    if (options.target is None) == (options.kernel is None):
+        parser.error("give TARGET or --kernel")
+    if (options.problem is None) != (options.kernel is None):
+        parser.error("--kernel and --problem go together")
+    quiet = options.json or options.quiet
+    if not quiet:  # a kernel that has to be compiled first says so
+        logging.basicConfig(format="%(message)s", stream=sys.stderr)
+        logging.getLogger("cute_fmha").setLevel(logging.INFO)
+    progress, device = Progress(not quiet), Device(arch=options.arch, sms=options.sms)
     runs = []
     try:
-        with Session(Device(arch=options.arch), progress) as session:
-            target = load_target(options.target, rest)
+        with Session(device, progress) as session:
+            if options.kernel is not None:
+                target = kernel_target(options.kernel, options.problem, device, options.seed)
+            else:
+                target = load_target(options.target, rest)
             for policy in _policies(options):
                 run = run_target(target, policy, session)
                 if options.trace is not None:
@@ -483,7 +511,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 runs.append(run)
                 if not options.json:
                     print(run_text(run, options.tiles) + "\n", flush=True)
-    except (CommandError, CaptureError, EmulationError, BuildError) as error:
+    except (
+        CommandError, ProblemError, NotImplementedError, CaptureError, EmulationError, BuildError,
+    ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 2
     found = any(run.found for run in runs)

@@ -32,6 +32,7 @@ class Host(Protocol):
 
     def can_implement(self, problem: Problem, target: Target) -> str | None: ...
     def plan_of(self, problem: Problem) -> Any: ...
+    def skip_tiles(self, plan: Any) -> dict[str, Any]: ...
     def compile_arguments(self, plan: Any) -> tuple[Any, tuple[Any, ...]]: ...
     def call_arguments(self, problem: Problem, sms: int) -> Callable[[Call], tuple[Any, ...]]: ...
 
@@ -71,17 +72,27 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     return found if isinstance(found, str) else build.missing()
 
 
+def choose(problem: Problem, target: Target) -> Host:
+    """The kernel that runs ``problem``.
+
+    Raises:
+        NotImplementedError: none can, or nothing can be compiled here.
+    """
+    found = _host(problem, target)
+    reason = found if isinstance(found, str) else build.missing()
+    if reason is not None:
+        raise NotImplementedError(reason)
+    assert not isinstance(found, str)
+    return found
+
+
 def prepare(problem: Problem, target: Target) -> Prepared:
     """Compile the kernel of ``problem`` or find it compiled; no GPU is needed.
 
     Raises:
-        NotImplementedError: no kernel can run it.
+        NotImplementedError: as `choose`.
     """
-    reason = can_implement(problem, target)
-    if reason is not None:
-        raise NotImplementedError(reason)
-    host = _host(problem, target)
-    assert not isinstance(host, str)
+    host = choose(problem, target)
     plan = host.plan_of(problem)
     binary = binary_of(host, plan, ARCHITECTURES[target.arch], problem.epilogue)
     return Prepared(plan, binary, host.call_arguments(problem, target.num_sms))

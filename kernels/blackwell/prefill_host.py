@@ -1,9 +1,9 @@
 """The prefill kernel as the host sees it: its plan, its placeholders, a call's arguments.
 
-`launch.py` asks every kernel for these four: `NAME` and `can_implement`; `plan_of` a problem;
-`compile_arguments`, the kernel object and placeholders for its ``__call__``; `call_arguments`,
-which turns a `Call` into what the compiled ``__call__`` takes. Only `compile_arguments` needs
-CuTe DSL. What a call does not have is None in both.
+`launch.py` asks every kernel for these: `NAME` and `can_implement`; `plan_of` a problem and its
+`skip_tiles`; `compile_arguments`, the kernel object and placeholders for its ``__call__``, the last
+of which is the stream; `call_arguments`, which turns a `Call` into what the compiled ``__call__``
+takes. Only `compile_arguments` needs CuTe DSL. What a call does not have is None in both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cute_fmha.problem import Problem
 if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
-__all__ = ["NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of"]
+__all__ = ["NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles"]
 
 NAME = "prefill"
 
@@ -40,6 +40,11 @@ def plan_of(problem: Problem) -> Plan:
     return make_plan(
         problem.head_dim, problem.head_dim_v, problem.dtype, problem.out_dtype, features
     )
+
+
+def skip_tiles(plan: Plan) -> dict[str, Any]:
+    """The tiles whose skips are decided, as `cute_fmha.reference.tile_oracle` takes them."""
+    return {"tile_m": plan.tile_m, "tile_n": plan.tile_n, "pack_heads": False}
 
 
 def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:

@@ -1,0 +1,67 @@
+"""``python -m cute_fmha.emulate --kernel NAME --problem PROBLEM``: a kernel of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from cute_fmha.emulator import backend
+from cute_fmha.emulator.device import Device
+from cute_fmha.epilogues import Identity
+from cute_fmha.kernels.blackwell import launch
+from cute_fmha.problem_text import ProblemText, parse
+from cute_fmha.stats import SkipStats
+from cute_fmha.testing import Tiles, check
+
+KERNELS = tuple(host.NAME for host in launch.KERNELS)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one run gave: (got, expected in FP64) by name, and which quality gate was missed.
+
+    ``note``: its skip counters.
+    """
+
+    pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    note: str
+    failure: str
+
+
+def kernel_target(kernel: str, text: str, device: Device, seed: int) -> Callable[[], Outcome]:
+    """A function that runs ``kernel`` on random inputs of the problem that ``text`` names.
+
+    Raises:
+        ProblemError: ``text`` is no problem.
+        NotImplementedError: this kernel does not run it.
+    """
+    problem = parse(text)
+    target = backend.target(device)
+    host = launch.choose(problem.problem, target)
+    if kernel != host.NAME:
+        raise NotImplementedError(f"{text} is run by the kernel {host.NAME!r}, not by {kernel!r}")
+    shape = host.skip_tiles(host.plan_of(problem.problem))
+    tiles = Tiles(**shape, num_splits=max(1, problem.num_splits))
+    return lambda: _run(problem, tiles, seed)
+
+
+def _run(problem: ProblemText, tiles: Tiles, seed: int) -> Outcome:
+    case, skip = problem.case(seed), problem.skip_softmax
+    stats = SkipStats("cpu") if problem.stats else None
+    epilogue = Identity(problem.out_dtype)
+    out, lse = case.run(skip=skip, stats=stats, epilogue=epilogue, backend="emulator")
+    expected = case.oracle(tiles, skip)
+    pairs = {"output": (out, expected.out), "LSE": (lse, expected.lse)}
+    note = failure = ""
+    if stats is not None:
+        counts, wanted = stats.read(), (expected.skipped, expected.total)
+        note = f"KV tiles (skipped, all): {counts}, expected {wanted}"
+        if counts != wanted:
+            failure = "the skip counters are wrong"
+    try:
+        check(case, out, lse, tiles, skip)
+    except AssertionError as error:
+        failure = f"a quality gate is missed: {error}"
+    return Outcome(pairs, note, failure)

@@ -108,15 +108,21 @@ class MlaDecodeSmall:
     ):
         """Launch with at most ``ctas`` CTAs."""
         plan = self.plan
-        # (PAGE_ROW, D, PAGE, END)
+        # (PAGE_ROW, D, PAGE)
         mL = cute.make_tensor(mKV.iterator, cute.select(mKV.layout, mode=[1, 3, 0]))
-        mL = ragged(mL, 0)
+        if cutlass.const_expr(plan.gather):
+            # (PAGE, D), and boxes of one row
+            mL = cute.make_tensor(mL.iterator, cute.select(mL.layout, mode=[2, 1]))
+            shape = (1, BLOCK)
+        else:
+            mL = ragged(mL, 0)
+            shape = (plan.box, BLOCK)
         # (BOX, 64): rows of 128 bytes
         box = cute.make_composed_layout(
-            cute.make_swizzle(3, 4, 3), 0, cute.make_layout((plan.box, BLOCK), stride=(BLOCK, 1))
+            cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=(BLOCK, 1))
         )
         load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
-        tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, (plan.box, BLOCK))
+        tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, shape)
         mem = Global(tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats)
         self.kernel(mem, scalars).launch(
             grid=(cutlass.min(mQ.shape[0], ctas), 1, 1), block=(plan.threads, 1, 1),
@@ -143,6 +149,7 @@ class MlaDecodeSmall:
             sMinus: cute.struct.MemRange[Float32, plan.rows]
             sVote: cute.struct.Align[cute.struct.MemRange[Int32, 8], 16]
             sKeep: cute.struct.MemRange[Int32, 2]
+            sTokens: cute.struct.Align[cute.struct.MemRange[Int32, plan.tile_n], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
 
@@ -203,4 +210,5 @@ class MlaDecodeSmall:
             sMinus=storage.sMinus.get_tensor(cute.make_layout(plan.rows)),
             sVote=storage.sVote.data_ptr().toint(),
             sKeep=storage.sKeep.get_tensor(cute.make_layout(2)),
+            sTokens=storage.sTokens.get_tensor(cute.make_layout(plan.tile_n)),
         )

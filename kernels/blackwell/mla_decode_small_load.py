@@ -10,81 +10,127 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import BLOCK, PART_BLOCKS, SmallPlan
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
+    BLOCK,
+    GATHERED,
+    PART_BLOCKS,
+    SmallPlan,
+)
 from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Segment, Shared, Work
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.ragged import cut
 
+ABSENT = -1
+"""A page that no cache has: its rows arrive as zeros."""
+
 
 @cute.jit
 def lookup(plan: SmallPlan, mem: Global, segment: Segment, n: Int32):
-    """Where box ``lane`` of tile ``n`` lies: (page, row of the page). Of a box past the sequence no
-    row is fetched, and its entry of the table is not read."""
-    page_rows = mem.mL.shape[0]
-    token = n * plan.tile_n + cute.arch.lane_idx() * plan.box
-    slot = token // page_rows
-    page = Int32(0)
-    if token < segment.length and cute.arch.lane_idx() * plan.box < plan.tile_n:
-        page = mem.mTable[segment.batch, slot]
-    return page, token - slot * page_rows
+    """What a lane looks up in the table for tile ``n``: (page, row of the page) of box ``lane``;
+    gathered, the pages of tokens ``lane`` and ``lane`` + 32.
+
+    Of boxes and tokens past the sequence nothing is fetched, and their entries are not read."""
+    lane, first = cute.arch.lane_idx(), n * plan.tile_n
+    if cutlass.const_expr(plan.gather):
+        pages = [Int32(ABSENT), Int32(ABSENT)]
+        for half in cutlass.range_constexpr(2):
+            token = first + half * 32 + lane
+            if token < segment.length:
+                pages[half] = mem.mTable[segment.batch, token]
+        result = pages[0], pages[1]
+    else:
+        page_rows = mem.mL.shape[0]
+        token, page = first + lane * plan.box, Int32(0)
+        slot = token // page_rows
+        if token < segment.length and lane < plan.boxes:
+            page = mem.mTable[segment.batch, slot]
+        result = page, token - slot * page_rows
+    return result
 
 
-def boxes_of(
-    plan: SmallPlan, mem: Global, segment: Segment, n: Int32, page: Int32, row: Int32
-) -> list[cute.Tensor]:
-    """The boxes of tile ``n``, from what `lookup` gave every lane: (PAGE_ROW, D) from the first row
-    on, cut where the sequence ends."""
-    boxes = []
-    for i in range(plan.boxes):
-        source = mem.mL[None, None, cute.arch.shuffle_sync(page, i), None]
-        left = segment.length - n * plan.tile_n - i * plan.box
-        rows = cutlass.max(cutlass.min(left, plan.box), 0)
-        boxes.append(cut(source, 0, cute.arch.shuffle_sync(row, i), rows))
-    return boxes
+class Boxes:
+    """The boxes of one tile, made from what `lookup` gave every lane."""
+
+    def __init__(
+        self, plan: SmallPlan, mem: Global, shared: Shared, segment: Segment, n: Int32, found: Any
+    ) -> None:
+        page, row = found
+        self.tma = mem.tma
+        self.plan = plan
+        # (PAGE_ROW, D) from the first row on, cut where the sequence ends
+        self.sources = []
+        for i in range(plan.boxes):
+            source = mem.mL[None, None, cute.arch.shuffle_sync(page, i), None]
+            left = segment.length - n * plan.tile_n - i * plan.box
+            rows = cutlass.max(cutlass.min(left, plan.box), 0)
+            self.sources.append(cut(source, 0, cute.arch.shuffle_sync(row, i), rows))
+
+    def fetch(self, first: int, targets: list[cute.Tensor], barrier: Any) -> None:
+        """Blocks from ``first`` on, each to its target (BOX, 64, BOX_OF_TILE)."""
+        for b, target in enumerate(targets):
+            for i, source in enumerate(self.sources):
+                gBox = cute.local_tile(source, (self.plan.box, BLOCK), (0, first + b))
+                tLsL, tLgL = cpasync.tma_partition(
+                    self.tma, 0, cute.make_layout(1),
+                    cute.group_modes(target[None, None, i], 0, 2), cute.group_modes(gBox, 0, 2),
+                )  # fmt: skip
+                cute.copy(self.tma, tLgL, tLsL, tma_bar_ptr=barrier)
 
 
-def fetch(
-    plan: SmallPlan, mem: Global, boxes: list[cute.Tensor], block: int, target: cute.Tensor,
-    barrier: Any,
-) -> None:  # fmt: skip
-    """One block of a tile to ``target`` (BOX, 64, BOX_OF_TILE)."""
-    for i, source in enumerate(boxes):
-        gBox = cute.local_tile(source, (plan.box, BLOCK), (0, block))
-        tLsL, tLgL = cpasync.tma_partition(
-            mem.tma, 0, cute.make_layout(1), cute.group_modes(target[None, None, i], 0, 2),
-            cute.group_modes(gBox, 0, 2),
-        )  # fmt: skip
-        cute.copy(mem.tma, tLgL, tLsL, tma_bar_ptr=barrier)
+class Gathers:
+    """The tokens of one tile, four at a time, made from what `lookup` gave every lane."""
+
+    def __init__(
+        self, plan: SmallPlan, mem: Global, shared: Shared, segment: Segment, n: Int32, found: Any
+    ) -> None:
+        self.plan = plan
+        self.tensor_map = ptx.tensor_map(mem.tma)
+        self.sTokens = shared.sTokens
+        cute.arch.sync_warp()
+        for half in range(2):
+            self.sTokens[half * 32 + cute.arch.lane_idx()] = found[half]
+        cute.arch.sync_warp()
+
+    @cute.jit
+    def fetch(self, first: int, targets: list[cute.Tensor], barrier: Any):
+        """Blocks from ``first`` on, each to its target."""
+        for four in cutlass.range(self.plan.boxes, unroll=1):
+            tokens = ptx.load_shared(self.sTokens.iterator.toint() + four * 16)
+            for b in cutlass.range_constexpr(len(targets)):
+                ptx.gather_rows(
+                    targets[b].iterator.toint() + four * GATHERED * BLOCK * 2, self.tensor_map,
+                    (first + b) * BLOCK, tokens, barrier.toint(),
+                )  # fmt: skip
 
 
 @cute.jit
 def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
-    """Reads: the block table, latents in global memory. Writes: sV, sR by TMA.
+    """Reads: the block table, latents in global memory. Writes: sV, sR by TMA, sTokens.
     Waits: v_empty, r_empty. Signals: v_full, r_full.
 
-    Rows past the sequence are outside of the tensor map (`ragged`) and arrive as zeros, whatever
-    memory holds there."""
+    Rows past the sequence are outside of the tensor map (`ragged`), as is page −1, and arrive as
+    zeros, whatever memory holds there."""
+    kind = Gathers if plan.gather else Boxes
     v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
     first_index, last_index, stride = work.indices()
     for index in cutlass.range(first_index, last_index, stride, unroll=1):
         segment = work.segment(index)
-        page, row = lookup(plan, mem, segment, segment.begin)
+        found = lookup(plan, mem, segment, segment.begin)
         for n in cutlass.range(segment.begin, segment.end, unroll=1):
-            boxes = boxes_of(plan, mem, segment, n, page, row)
+            boxes = kind(plan, mem, shared, segment, n, found)
             # The table is asked for the next tile while the rings are full.
-            page, row = lookup(plan, mem, segment, n + 1)
+            found = lookup(plan, mem, segment, n + 1)
             for part in cutlass.range_constexpr(plan.parts):
                 barriers.wait("v_empty", v.empty_phase, v.index)
                 bar = barriers.expect("v_full", plan.part_bytes, v.index)
-                for b in cutlass.range_constexpr(PART_BLOCKS):
-                    target = shared.sV[None, None, None, b, v.index]
-                    fetch(plan, mem, boxes, part * PART_BLOCKS + b, target, bar)
+                targets = [shared.sV[None, None, None, b, v.index] for b in range(PART_BLOCKS)]
+                boxes.fetch(part * PART_BLOCKS, targets, bar)
                 v = v.next()
             if cutlass.const_expr(plan.rope_blocks > 0):
                 barriers.wait("r_empty", r.empty_phase, r.index)
                 bar = barriers.expect("r_full", plan.block_bytes, r.index)
-                target = shared.sR[None, None, None, 0, r.index]
-                fetch(plan, mem, boxes, plan.parts * PART_BLOCKS, target, bar)
+                targets = [shared.sR[None, None, None, 0, r.index]]
+                boxes.fetch(plan.parts * PART_BLOCKS, targets, bar)
                 r = r.next()
     # The releases of the last parts are signals of the tensor core: stay until they are in.
     for _stage in cutlass.range_constexpr(plan.v_stages):

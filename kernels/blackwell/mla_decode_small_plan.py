@@ -25,7 +25,10 @@ MOST_ROWS = 32
 """Above that Q and O would take the room that latents need."""
 
 BOXES = (64, 32, 16, 8)
-"""Tokens of a TMA box: a page must be a multiple of it, unless a sequence is one page."""
+"""Tokens of a TMA box: a page is a multiple of it, unless a sequence is one page."""
+
+GATHERED = 4
+"""Tokens of a TMA gather: for pages of one token."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class SmallPlan:
 
     def __post_init__(self) -> None:
         self.tmem  # noqa: B018  (its construction checks the map)
+        if self.box not in (*BOXES, GATHERED):
+            raise ValueError(f"a box has {BOXES} tokens, or {GATHERED}; got {self.box}")
         if self.rows not in (16, MOST_ROWS):
             raise ValueError(f"rows must be 16 or {MOST_ROWS}; got {self.rows}")
         if self.shared_bytes > SHARED_BYTES:
@@ -68,6 +73,11 @@ class SmallPlan:
     def boxes(self) -> int:
         """TMA boxes along the tokens of a tile."""
         return self.tile_n // self.box
+
+    @property
+    def gather(self) -> bool:
+        """Tokens are fetched one by one, from a page each."""
+        return self.box == GATHERED
 
     @property
     def rope_blocks(self) -> int:

@@ -29,7 +29,7 @@ class Global(NamedTuple):
     """Global tensors; the latents as the TMA sees them, and their copy atom."""
 
     tma: cute.CopyAtom
-    mL: cute.Tensor  # (PAGE_ROW, D, PAGE, END), see `ragged`
+    mL: cute.Tensor  # (PAGE_ROW, D, PAGE, END), see `ragged`; gathered (PAGE, D)
     mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, D)
     mTable: cute.Tensor  # (BATCH, MAX_PAGES)
     mLens: cute.Tensor  # (BATCH,)
@@ -53,6 +53,7 @@ class Shared(NamedTuple):
     sMinus: Any  # (ROW,): at the end, − maximum in base 2
     sVote: Any  # address: (WARP, BUFFER), what the warps say of a tile
     sKeep: Any  # (BUFFER,): whether a tile is kept
+    sTokens: Any  # (TOKEN,): pages of the tokens that are gathered next
 
 
 @dataclass(frozen=True)

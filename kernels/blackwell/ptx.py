@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import cutlass
+import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
-from cutlass._mlir.dialects import llvm, nvvm
+from cutlass._mlir.dialects import cute as cute_ir
+from cutlass._mlir.dialects import cute_nvgpu, llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 
@@ -165,6 +167,34 @@ def store_shared(address: Int32, values: list[Any], *, loc=None, ip=None) -> Non
         "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + [kind] * 4), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def tensor_map(atom: cute.CopyAtom, *, loc=None, ip=None) -> Int64:
+    """Generic address of the tensor map of a TMA atom."""
+    kind = cute_ir.PtrType.get(
+        cute_nvgpu.TmaDescriptorTiledType.get(), cute.AddressSpace.generic, 64
+    )
+    load = cute_nvgpu.atom_make_exec_tma(atom._trait.value, loc=loc, ip=ip)
+    return cute_nvgpu.get_tma_desc_addr(kind, load, loc=loc, ip=ip).toint(loc=loc, ip=ip)
+
+
+@dsl_user_op
+def gather_rows(
+    target: Int32, tensor_map: Int64, column: Any, rows: list[Int32], barrier: Int32,
+    *, loc=None, ip=None,
+) -> None:  # fmt: skip
+    """cp.async.bulk.tensor.tile::gather4 by the elected lane: the columns of a box from ``column``
+    on of four rows of a map (COLUMN, ROW), whose box has one row. Rows that do not exist arrive as
+    zeros."""
+    values = (Int32(target), Int64(tensor_map), *map(Int32, (column, *rows, barrier)))
+    _asm(
+        "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
+        "@e cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4"
+        ".mbarrier::complete_tx::bytes [$0], [$1, {$2, $3, $4, $5, $6}], [$7];\n\t}",
+        [], [value.ir_value(loc=loc, ip=ip) for value in values], "r,l,r,r,r,r,r,r",
+        effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 

@@ -55,7 +55,7 @@ def test_rows(policy, heads, seqlen_q):
     harness.verify(kernel_of(case), case, policy)
 
 
-@pytest.mark.parametrize(("page_size", "box"), [(16, 16), (32, 32), (128, 64), (8, 8)])
+@pytest.mark.parametrize(("page_size", "box"), [(16, 16), (32, 32), (128, 64), (8, 8), (1, 4)])
 def test_pages(page_size, box):
     case = harness.case_of(16, 1, LENGTHS, page_size=page_size)
     for policy in harness.POLICIES:

@@ -94,19 +94,25 @@ class Topology:
 def prefill_topology(plan: Plan) -> Topology:
     """The barriers of `cute_fmha.kernels.blackwell.prefill`.
 
-        load ── q_full, k_full, v_full ──> mma ── s_full ──> softmax ── scale_full ──> correction
+        load ── q_full, k_full; v_full ──> mma ── s_full ──> softmax ── scale_full ──> correction
              <─ q_empty, k_empty, v_empty ─    <─ p_ready ──         <─ scale_empty ──
                                                <─ p_ready ───────────────────────────
                                                ── o_full ───────────────────────────>
         correction ── chunk_full ──> epilogue,   correction <── chunk_empty ── epilogue
+        softmax ── decided ──> softmax, load_values, mma, correction
+                <─ decision_read ── load_values, correction
 
     Each barrier between mma, softmax and correction exists once per Q tile.
     """
     q_tiles = plan.q_tiles
     decided = []
     if plan.features.skip:
-        # Two per Q tile: a decision is read by load and mma before the second next one is made.
-        decided = [Barrier("decided", 2 * q_tiles, (("softmax", "leader"),))]
+        # The MMA needs no say in when the next one may be made: that is on an S which it makes
+        # after it has read this one.
+        decided = [
+            Barrier("decided", q_tiles, (("softmax", "warp"),)),
+            Barrier("decision_read", q_tiles, (("load_values", "warp"), ("correction", "warp"))),
+        ]
     return Topology(
         plan.roles,
         (
@@ -114,7 +120,7 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("q_empty", q_tiles, (("mma", "commit"),)),
             Barrier("k_full", plan.k_stages, (("load", "bytes"),)),
             Barrier("k_empty", plan.k_stages, (("mma", "commit"),)),
-            Barrier("v_full", plan.v_stages, (("load", "bytes"),)),
+            Barrier("v_full", plan.v_stages, (("load_values", "bytes"),)),
             Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
             Barrier("s_full", q_tiles, (("mma", "commit"),)),
             # The first three quarters of P are stored, and O may be accumulated into.
@@ -184,6 +190,11 @@ class Barriers:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive(self.at(name, index))
+
+    def arrive_elected(self, name: str, index: Any = 0) -> None:
+        """Arrive for this warp from one lane, after the caller has synchronised the warp."""
+        self._check(name, "warp")
+        cute.arch.mbarrier_arrive(self.at(name, index))
 
     def arrive_leader(self, name: str, index: Any = 0) -> None:
         """Arrive for the whole group. One warp calls it."""

@@ -75,6 +75,7 @@ class Plan:
     k_stages: int = 2
     v_stages: int = 2
     o_stages: int = 2
+    ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
     rescale_threshold: float = 8.0
 
     def __post_init__(self) -> None:
@@ -102,7 +103,7 @@ class Plan:
             Role("mma", (softmax + 4,), counts[2]),
             Role("load", (softmax + 5,), counts[2]),
             Role("epilogue", (softmax + 6,), counts[2]),
-            Role("idle", (softmax + 7,), counts[2]),
+            Role("load_values", (softmax + 7,), counts[2]),
         )
 
     def role(self, name: str) -> Role:

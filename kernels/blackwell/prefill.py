@@ -18,9 +18,9 @@ Warps (two Q tiles; with one, the softmax has warps 0–3 and the others follow)
     0–3, 4–7   softmax     S → P of Q tile 0 and 1, a row per thread; decides what is skipped
     8–11       correction  O · fade when the maximum moved; at the end O / l → chunks, LSE
     12         mma         S = Q Kᵀ, O += P V; owns TMEM
-    13         load        Q, K, V by TMA
+    13         load        Q, K by TMA
     14         epilogue    chunks of O → global memory by TMA
-    15         idle
+    15         load_values V by TMA, where a Q tile keeps the KV tile
 
 TMEM, in 32-bit columns, at Dv 128 (`tmem.attention_map`)
 
@@ -32,18 +32,20 @@ Pipelines: `pipelines.prefill_topology`.
 
 Timeline of KV tile n in steady state, two Q tiles (numbers: Q tile; time goes down)
 
-    load            mma                     softmax 0        softmax 1        correction
-    K(n + 1)        PV 0 (n−1)                               exp 1 (n−1)
-                    QK 0 (n)                                 exp 1, P 1
-                    PV 1 (n−1)              max 0, vote ─┐                    fade 0
-    V(n) <──────────────────────────────────────────────┤
-                    QK 1 (n)                exp 0, P 0 ──┘   max 1, vote      fade 1
-    K(n + 2)        PV 0 (n)  <───────────                   exp 1, P 1
+    load        load_values   mma              softmax 0          softmax 1          correction
+    K(n + 1)                  PV 0 (n−1)                          exp 1, P 1 (n−1)
+                              QK 0 (n)                            ↓
+                              PV 1 (n−1)       max 0, vote ─┐                        fade 0
+                V(n) <──────────────────────── 16 exps 0    │
+                              QK 1 (n)         exp 0, P 0 <─┘     max 1, vote ─┐     fade 1
+    K(n + 2)                  PV 0 (n) <────── ↓                  16 exps 1    │
+                              QK 0 (n+1)                          exp 1, P 1 <─┘
 
-K(n + 1) is in flight before the load warp waits for the decision on tile n, so that the next S
-depends on no decision. V(n) is asked for at the first vote to keep it, and has the time of 128
-exponentials per row to arrive. When both Q tiles skip, V, both products and the corrections go; S
-of the next tile may overwrite S as soon as the vote is in.
+K has a warp of its own, so that no decision stands before it: it is as many tiles ahead as there
+are stages. V(n) is asked for when the first Q tile keeps tile n, and has the time of that tile's
+exponentials to arrive. Nobody waits for the votes of the four warps to come together: a warp goes
+on with `plan.ahead` exponentials, which are lost where the tile is skipped. Then also V, P V, the
+other exponentials and the correction go, and S of the next tile overwrites this one.
 
 Constraints: `plan.can_implement`.
 """
@@ -54,14 +56,14 @@ import cutlass
 import cutlass.cute as cute
 import cutlass.utils.blackwell_helpers as sm100
 from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
-from cutlass import Float32, Int32, Int64
+from cutlass import Float32, Int8, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.pipelines import Barriers, prefill_topology
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
-from cute_fmha.kernels.blackwell.prefill_load import load
+from cute_fmha.kernels.blackwell.prefill_load import load, load_values
 from cute_fmha.kernels.blackwell.prefill_mma import mma
 from cute_fmha.kernels.blackwell.prefill_operands import (
     DTYPES,
@@ -166,7 +168,7 @@ class Prefill:
             ]
             sScale: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
             sMax: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
-            sKeep: cute.struct.MemRange[Int32, 2 * plan.q_tiles]
+            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, 4 * 2 * plan.q_tiles], 4]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
 
@@ -174,6 +176,7 @@ class Prefill:
         storage = cutlass.utils.SmemAllocator().allocate(Storage)
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
         per_row = cute.make_layout((plan.tile_m, plan.q_tiles))
+        votes = storage.sVotes.get_tensor(cute.make_layout((4, 2, plan.q_tiles)))
         shared = Shared(
             sQ=storage.sQ.get_tensor(layouts.sQ.outer, swizzle=layouts.sQ.inner),
             sK=storage.sK.get_tensor(layouts.sK.outer, swizzle=layouts.sK.inner),
@@ -181,10 +184,11 @@ class Prefill:
             sO=storage.sO.get_tensor(layouts.sO.outer, swizzle=layouts.sO.inner),
             sScale=storage.sScale.get_tensor(per_row),
             sMax=storage.sMax.get_tensor(per_row),
-            sKeep=storage.sKeep.get_tensor(cute.make_layout((2, plan.q_tiles))),
+            sVotes=votes,
+            sKeep=cute.recast_tensor(votes, Int32)[0, None, None],
         )
-        mma_warp, load_warp, epilogue_warp = (
-            plan.role(name).warps[0] for name in ("mma", "load", "epilogue")
+        mma_warp, load_warp, values_warp, epilogue_warp = (
+            plan.role(name).warps[0] for name in ("mma", "load", "load_values", "epilogue")
         )
         if warp == load_warp:
             for atom in (mem.tma_q, mem.tma_k, mem.tma_v, mem.tma_o):
@@ -213,6 +217,8 @@ class Prefill:
                 mma(plan, work, mmas, shared, tmem, barriers.of("mma"))
             elif warp == load_warp:
                 load(plan, work, mmas, mem, shared, barriers.of("load"))
+            elif warp == values_warp:
+                load_values(plan, work, mmas, mem, shared, barriers.of("load_values"))
             elif warp == epilogue_warp:
                 epilogue(plan, work, self.store, mem, shared, barriers.of("epilogue"))
         cute.arch.sync_threads()

@@ -12,7 +12,8 @@ from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.plan import Plan
-from cute_fmha.kernels.blackwell.prefill_operands import SKIPPED, Global, Scalars, Shared, tmem_row
+from cute_fmha.kernels.blackwell.prefill_load import decision
+from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
 from cute_fmha.kernels.blackwell.prefill_work import Work
 from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
 
@@ -27,11 +28,13 @@ def correction(
     """Keeps O consistent with the running maximum; at the end normalises it.
 
     Reads: sScale, sMax, O. Writes: O, the chunk buffers, LSE.
-    Waits: scale_full, o_full, chunk_empty. Signals: p_ready, scale_empty, chunk_full.
+    Waits: decided, scale_full, o_full, chunk_empty.
+    Signals: decision_read, p_ready, scale_empty, chunk_full.
     Registers: 80."""
     thread = cute.arch.thread_idx()[0] % 128
     scale_phase = [Int32(0) for _ in range(plan.q_tiles)]
     o_phase = [Int32(0) for _ in range(plan.q_tiles)]
+    decisions = [Int32(0) for _ in range(plan.q_tiles)]
     chunk = Cursor(plan.o_stages)
     first_work, works, step = work.indices()
     for index in cutlass.range(first_work, works, step, unroll=1):
@@ -48,20 +51,24 @@ def correction(
         while n < end:
             for t in cutlass.range_constexpr(plan.q_tiles):
                 told = q_tiles[t].has(n)
-                if cutlass.const_expr(not plan.features.skip):
+                if cutlass.const_expr(plan.features.skip):
+                    if told:
+                        told = decision(shared, barriers, t, decisions[t])
+                        barriers.arrive("decision_read", t)
+                        decisions[t] = decisions[t] ^ 1
+                else:
                     told = told & (n > q_tiles[t].begin)
                 if told:
                     barriers.wait_tmem("scale_full", scale_phase[t], t)
                     scale_phase[t] = scale_phase[t] ^ 1
                     fade = shared.sScale[thread, t]
                     barriers.arrive("scale_empty", t)
-                    if cute.arch.vote_any_sync(fade != SKIPPED):
-                        # S(n) was complete when its fade was written, and P V (n − 1) before.
-                        if not fresh[t] and cute.arch.vote_any_sync(fade < 1.0):
-                            tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
-                            rescale(plan, tO, fade)
-                        fresh[t] = Boolean(False)
-                        barriers.arrive_tmem("p_ready", t)
+                    # S(n) was complete when its fade was written, and P V (n − 1) before.
+                    if not fresh[t] and cute.arch.vote_any_sync(fade < 1.0):
+                        tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
+                        rescale(plan, tO, fade)
+                    fresh[t] = Boolean(False)
+                    barriers.arrive_tmem("p_ready", t)
             n = tile.after(n)
         for t in cutlass.range_constexpr(plan.q_tiles):
             first_row = work.first_row(tile, t)

@@ -1,4 +1,4 @@
-"""The load warp of `prefill`, and what load and MMA know of the softmax's decisions."""
+"""The load warps of `prefill`, one for Q and K and one for V, and how a decision reaches them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from cute_fmha.kernels.blackwell.prefill_operands import Global, Mmas, Shared
 from cute_fmha.kernels.blackwell.prefill_work import Work
 
 
-def decision(shared: Shared, barriers: Barriers, t: int, count: Int32) -> Boolean:
-    """Wait for decision ``count`` of Q tile ``t``: whether it keeps the KV tile."""
-    barriers.wait_tmem("decided", count >> 1 & 1, 2 * t + (count & 1))
-    return shared.sKeep[count & 1, t] != 0
+def decision(shared: Shared, barriers: Barriers, t: int, phase: Int32) -> Boolean:
+    """Wait for Q tile ``t``'s next decision, of parity ``phase``: whether the KV tile is kept."""
+    barriers.wait_tmem("decided", phase, t)
+    return shared.sKeep[phase, t] != 0
 
 
 def partition(tma: Any, shared: Any, tile: Any) -> Any:
@@ -41,29 +41,24 @@ def fetch(
 
 @cute.jit
 def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barriers: Barriers):
-    """Reads: Q, K, V in global memory. Writes: sQ, sK, sV by TMA.
-    Waits: q_empty, k_empty, v_empty, decided. Signals: q_full, k_full, v_full.
-    Registers: 48."""
+    """Reads: Q, K in global memory. Writes: sQ, sK by TMA.
+    Waits: q_empty, k_empty. Signals: q_full, k_full. Registers: 48."""
     element = plan.dtype.itemsize
-    qk, pv = mmas.qk.get_slice(0), mmas.pv.get_slice(0)
+    qk = mmas.qk.get_slice(0)
     q_bytes = plan.tile_m * plan.head_dim * element
     k_bytes = plan.tile_n * plan.head_dim * element
-    v_bytes = plan.tile_n * plan.head_dim_v * element
     q_phase = Int32(0)
-    decisions = [Int32(0) for _ in range(plan.q_tiles)]
-    k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
+    k = Cursor(plan.k_stages)
     first_work, works, step = work.indices()
     for index in cutlass.range(first_work, works, step, unroll=1):
         tile = work.tile(index)
-        # (ROW, D, ROW_TILE), (KEY, D, KEY_TILE), (DV, KEY, KEY_TILE)
+        # (ROW, D, ROW_TILE), (KEY, D, KEY_TILE)
         gQ = cute.local_tile(tile.queries(mem.mQ), (plan.tile_m, plan.head_dim), (None, 0))
         gK = cute.local_tile(tile.keys(mem.mK), (plan.tile_n, plan.head_dim), (None, 0))
-        gV = cute.local_tile(tile.keys(mem.mV), (plan.head_dim_v, plan.tile_n), (0, None))
         # (TMA, STAGE) and (TMA, TILE) each
         tQsQ, tQgQ = partition(mem.tma_q, shared.sQ, qk.partition_A(gQ))
         tKsK, tKgK = partition(mem.tma_k, shared.sK, qk.partition_B(gK))
-        tVsV, tVgV = partition(mem.tma_v, shared.sV, pv.partition_B(gV))
-        first, end, q_tiles = work.keys(tile)
+        first, end, _ = work.keys(tile)
         if end > first:
             k = fetch("k", mem.tma_k, tKgK, first, tKsK, k_bytes, k, barriers)
             for t in cutlass.range_constexpr(plan.q_tiles):
@@ -72,21 +67,47 @@ def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barrie
                 row_tile = tile.block * plan.q_tiles + t
                 cute.copy(mem.tma_q, tQgQ[None, row_tile], tQsQ[None, t], tma_bar_ptr=bar)
             q_phase = q_phase ^ 1
-            n = first
+            n = tile.after(first)
             while n < end:
-                coming = tile.after(n)
-                if coming < end:
-                    k = fetch("k", mem.tma_k, tKgK, coming, tKsK, k_bytes, k, barriers)
-                keep = Boolean(True)
-                if cutlass.const_expr(plan.features.skip):
-                    keep = Boolean(False)
-                    for t in cutlass.range_constexpr(plan.q_tiles):
-                        if q_tiles[t].has(n):
-                            keep = keep | decision(shared, barriers, t, decisions[t])
-                            decisions[t] = decisions[t] + 1
-                if keep:
-                    v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
-                n = coming
+                k = fetch("k", mem.tma_k, tKgK, n, tKsK, k_bytes, k, barriers)
+                n = tile.after(n)
+
+
+@cute.jit
+def load_values(
+    plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barriers: Barriers
+):  # fmt: skip
+    """V by a warp of its own: only it waits for decisions, K is always ahead of them.
+
+    Reads: V in global memory. Writes: sV by TMA.
+    Waits: decided, v_empty. Signals: decision_read, v_full. Registers: 48."""
+    pv = mmas.pv.get_slice(0)
+    v_bytes = plan.tile_n * plan.head_dim_v * plan.dtype.itemsize
+    decisions = [Int32(0) for _ in range(plan.q_tiles)]
+    v = Cursor(plan.v_stages)
+    first_work, works, step = work.indices()
+    for index in cutlass.range(first_work, works, step, unroll=1):
+        tile = work.tile(index)
+        # (DV, KEY, KEY_TILE)
+        gV = cute.local_tile(tile.keys(mem.mV), (plan.head_dim_v, plan.tile_n), (0, None))
+        # (TMA, STAGE) and (TMA, TILE)
+        tVsV, tVgV = partition(mem.tma_v, shared.sV, pv.partition_B(gV))
+        n, end, q_tiles = work.keys(tile)
+        while n < end:
+            if cutlass.const_expr(plan.features.skip):
+                # The first Q tile that keeps it fetches it, whatever a later one decides.
+                fetched = Boolean(False)
+                for t in cutlass.range_constexpr(plan.q_tiles):
+                    if q_tiles[t].has(n):
+                        keep = decision(shared, barriers, t, decisions[t])
+                        barriers.arrive("decision_read", t)
+                        decisions[t] = decisions[t] ^ 1
+                        if keep and not fetched:
+                            v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
+                            fetched = Boolean(True)
+            else:
+                v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
+            n = tile.after(n)
     # The release of the last V is the last signal of the tensor core: stay until it is in.
     for _stage in cutlass.range_constexpr(plan.v_stages):
         barriers.wait("v_empty", v.empty_phase, v.index)

@@ -65,7 +65,7 @@ def mma(
                         keep = Boolean(True)
                         if cutlass.const_expr(plan.features.skip):
                             keep = decision(shared, barriers, t, decisions[t])
-                            decisions[t] = decisions[t] + 1
+                            decisions[t] = decisions[t] ^ 1
                         if keep:
                             if not v_used:
                                 barriers.wait("v_full", v.phase, v.index)

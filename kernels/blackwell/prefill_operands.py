@@ -17,9 +17,6 @@ DTYPES = {
     torch.uint8: cutlass.Uint8,
 }
 
-SKIPPED = -1.0
-"""In place of a fade: the KV tile is skipped."""
-
 
 def tmem_row(tmem: Any, thread: Int32) -> Int32:
     """TMEM address of the row that ``thread`` of a warpgroup may access: lanes are bits 16–31."""
@@ -78,4 +75,5 @@ class Shared(NamedTuple):
     sO: Any  # (ROWS, CHUNK, STAGE)
     sScale: Any  # (ROWS, TILE): fade of a KV tile, at the end the row sum
     sMax: Any  # (ROWS, TILE): at the end the row maximum
-    sKeep: Any  # (2, TILE): whether a KV tile is kept
+    sVotes: Any  # (WARP, 2, TILE) bytes: whether a warp's rows keep a KV tile
+    sKeep: Any  # (2, TILE): the same bytes as one word, 0 if nobody keeps it

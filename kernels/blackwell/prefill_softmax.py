@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32, Int64
+from cutlass import Boolean, Float32, Int8, Int32, Int64
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.mask import mask_row
@@ -15,7 +15,6 @@ from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.prefill_operands import (
     DTYPES,
-    SKIPPED,
     Global,
     Scalars,
     Shared,
@@ -27,10 +26,9 @@ from cute_fmha.kernels.blackwell.softmax import (
     EMPTY,
     capped,
     exponentials,
-    keeps_tile,
-    log2_threshold,
     new_maximum,
     packed,
+    raw_threshold,
     row_maximum,
     row_sum,
 )
@@ -50,21 +48,20 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class RowState(Carried):
-    """A row's softmax: the maximum that P is relative to, Σ P, and the maximum of the kept tiles,
-    which decides what is skipped."""
+    """A row's softmax: the maximum that P is relative to, Σ P, and the score that a tile needs for
+    the row to keep it: the maximum of the kept tiles + log2 λ / c."""
 
     maximum: Float32
     total: Float32
-    running: Float32
+    needed: Float32
 
 
 @dataclass(frozen=True)
 class SoftmaxPhases(Carried):
-    """Parities of s_full and scale_full, and the number of decisions made."""
+    """Parities of s_full, which are those of the decisions, and of scale_full."""
 
     s: Int32
     scale: Int32
-    decisions: Int32
 
     def after_scale(self) -> SoftmaxPhases:
         return replace(self, scale=self.scale ^ 1)
@@ -85,11 +82,12 @@ def softmax(
 ):  # fmt: skip
     """One warpgroup per Q tile, one row per thread.
 
-    Reads: S. Writes: P over S, sScale, sMax.
-    Waits: s_full, scale_empty. Signals: p_ready, p_last, scale_full. Registers: 192."""
+    Reads: S. Writes: P over S, sScale, sMax, sVotes.
+    Waits: s_full, decided, decision_read, scale_empty.
+    Signals: decided, p_ready, p_last, scale_full. Registers: 192."""
     t = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4
     thread = cute.arch.thread_idx()[0] % 128
-    phases = SoftmaxPhases(Int32(0), Int32(0), Int32(0))
+    phases = SoftmaxPhases(Int32(0), Int32(0))
     counts = Counts(Int32(0), Int32(0))
     if cutlass.const_expr(plan.features.skip):
         skip = scalars.skip
@@ -97,15 +95,15 @@ def softmax(
             skip = mem.mSkip[0]
         if cutlass.const_expr(plan.features.skip_relative):
             skip = skip / Float32(mem.mK.shape[0])
-        scalars = scalars._replace(skip=log2_threshold(skip))
+        scalars = scalars._replace(skip=raw_threshold(skip, scalars.scale_log2))
     group = Group(work, shared, scalars, tmem, barriers, t, thread)
     first_work, works, step = work.indices()
     for index in cutlass.range(first_work, works, step, unroll=1):
         tile = work.tile(index)
         keys = work.keys_of(tile, t)
         row = work.first_row(tile, t) + thread
-        running = cutlass.select_(row < tile.seqlen_q, Float32(EMPTY), Float32(ABSENT))
-        state = RowState(Float32(EMPTY), Float32(0.0), running)
+        needed = cutlass.select_(row < tile.seqlen_q, Float32(EMPTY), Float32(ABSENT))
+        state = RowState(Float32(EMPTY), Float32(0.0), needed)
         n = keys.begin
         if cutlass.const_expr(plan.features.window_left):
             while n < keys.full_begin:
@@ -141,13 +139,18 @@ def softmax_step(
     masked: cutlass.Constexpr,
 ):  # fmt: skip
     """One KV tile of one row, ``later`` than its first: the row's next state, the phases and the
-    counts."""
+    counts.
+
+    With skip-softmax a warp tells what its rows vote and goes on as if the tile were kept, until it
+    has the first exponentials: by then the other warps' votes are in, and nobody has waited."""
     work, shared, scalars, tmem, barriers, t, thread = group
     plan = work.plan
     s0 = plan.tmem["S0"].start
     tS = tmem_row(tmem, thread) + s0 + t * plan.tile_n
     tP = tS + (plan.tmem["P0"].start - s0)
     width = 32
+    if cutlass.const_expr(plan.features.skip):
+        barriers.wait("decision_read", phases.s ^ 1, t)
     barriers.wait_tmem("s_full", phases.s, t)
     scores = []
     for c in cutlass.range_constexpr(0, plan.tile_n, width):
@@ -160,55 +163,67 @@ def softmax_step(
         scores = mask_row(scores, row, n * plan.tile_n, lengths, work.window())
     if cutlass.const_expr(plan.features.skip):
         tile_max = row_maximum(scores, Float32(-Float32.inf))
-        vote = keeps_tile(tile_max, state.running, scalars.scale_log2, scalars.skip)
-        ptx.tcgen05_fence_before()  # the reads of S of all four warps, for whom the leader speaks
-        keep = ptx.barrier_any(t + 1, plan.tile_m, vote)
-        slot = phases.decisions & 1
-        if thread < 32:
-            with cute.arch.elect_one():
-                shared.sKeep[slot, t] = Int32(keep)
-            cute.arch.sync_warp()
-            barriers.arrive_leader("decided", 2 * t + slot)
-        counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
+        ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives
+        vote = cute.arch.vote_any_sync(tile_max >= state.needed)
+        with cute.arch.elect_one():
+            shared.sVotes[thread // 32, phases.s, t] = Int32(vote).to(Int8)
+            barriers.arrive_elected("decided", t)
+        maximum, fade = new_maximum(
+            state.maximum, cute.arch.fmax(state.maximum, tile_max), scalars.scale_log2,
+            plan.rescale_threshold,
+        )  # fmt: skip
+        minus_max = -maximum * scalars.scale_log2
+        ahead = exponentials(scores[: plan.ahead], scalars.scale_log2, minus_max)
+        barriers.wait("decided", phases.s, t)
+        keep = shared.sKeep[phases.s, t] != 0
         if keep:
-            state = probabilities(group, scores, tP, tile_max, state, phases, Boolean(True))
-        else:
-            barriers.wait("scale_empty", phases.scale ^ 1, t)
-            shared.sScale[thread, t] = Float32(SKIPPED)
-            barriers.arrive("scale_full", t)
-        phases = SoftmaxPhases(phases.s ^ 1, phases.scale ^ 1, phases.decisions + 1)
+            tell_fade(group, fade, phases)
+            total = probabilities(group, ahead, scores, tP, minus_max, state.total * fade)
+            needed = cute.arch.fmax(state.needed, tile_max + scalars.skip)
+            state = RowState(maximum, total, needed)
+            phases = phases.after_scale()
+        counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
+        phases = replace(phases, s=phases.s ^ 1)
     else:
         tile_max = row_maximum(scores, state.maximum)
-        state = probabilities(group, scores, tP, tile_max, state, phases, later)
-        scale_phase = phases.scale ^ Int32(later)
-        phases = SoftmaxPhases(phases.s ^ 1, scale_phase, phases.decisions)
+        maximum, fade = new_maximum(
+            state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold
+        )
+        if later:
+            tell_fade(group, fade, phases)
+        minus_max = -maximum * scalars.scale_log2
+        total = probabilities(group, [], scores, tP, minus_max, state.total * fade)
+        state = RowState(maximum, total, state.needed)
+        phases = SoftmaxPhases(phases.s ^ 1, phases.scale ^ Int32(later))
         counts = Counts(counts.skipped, counts.visited + 1)
     return state, phases, counts
 
 
-@cute.jit
-def probabilities(group, scores, tP: Int32, tile_max: Float32, state, phases, tell: Boolean):
-    """P of a kept tile, handed to the MMA; with ``tell`` the correction learns what is left
-    of O."""
-    work, shared, scalars, _, barriers, t, thread = group
+def tell_fade(group: Group, fade: Float32, phases: SoftmaxPhases) -> None:
+    """Tell the correction what is left of O."""
+    _, shared, _, _, barriers, t, thread = group
+    barriers.wait("scale_empty", phases.scale ^ 1, t)
+    shared.sScale[thread, t] = fade
+    barriers.arrive("scale_full", t)
+
+
+def probabilities(
+    group: Group, ahead: list[Float32], scores: list[Float32], tP: Int32, minus_max: Float32,
+    total: Float32,
+) -> Float32:  # fmt: skip
+    """P of a kept tile, whose first values are ``ahead``, handed to the MMA; ``total`` + Σ P."""
+    work, _, scalars, _, barriers, t, _ = group
     plan = work.plan
-    running = cute.arch.fmax(state.running, tile_max)
-    tile_max = cute.arch.fmax(state.maximum, tile_max)
-    maximum, fade = new_maximum(state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold)
-    if tell:
-        barriers.wait("scale_empty", phases.scale ^ 1, t)
-        shared.sScale[thread, t] = fade
-        barriers.arrive("scale_full", t)
-    minus_max = -maximum * scalars.scale_log2
     quarter = plan.tile_n // 4
-    p = []
-    for q in cutlass.range_constexpr(4):
-        part = exponentials(scores[q * quarter : (q + 1) * quarter], scalars.scale_log2, minus_max)
+    p = list(ahead)
+    for q in range(4):
+        rest = scores[len(p) : (q + 1) * quarter]
+        p += exponentials(rest, scalars.scale_log2, minus_max)
+        part = p[q * quarter : (q + 1) * quarter]
         ptx.tcgen05_store(tP + q * quarter // 2, packed(part, DTYPES[plan.dtype]))
-        p += part
-        if cutlass.const_expr(q == 2):
+        if q == 2:
             ptx.tcgen05_wait_store()
             barriers.arrive_tmem("p_ready", t)
     ptx.tcgen05_wait_store()
     barriers.arrive_tmem("p_last", t)
-    return RowState(maximum, row_sum(p, state.total * fade), running)
+    return row_sum(p, total)

@@ -17,7 +17,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
 
@@ -40,6 +40,21 @@ def raw_threshold(value: Float32, scale_log2: Float32) -> Float32:
     nothing = Float32(-3.0e38)
     raw = cute.arch.fmax(log * cute.arch.rcp_approx(scale_log2), nothing)
     return cutlass.select_(value > 0.0, raw, nothing)
+
+
+def log2_threshold(value: Float32) -> Float32:
+    """log2 λ: −inf, which skips nothing, for λ <= 0 and NaN, and 0 for λ >= 1."""
+    log = cute.math.log2(cute.arch.fmin(value, 1.0), fastmath=True)
+    return cutlass.select_(value > 0.0, log, Float32(-Float32.inf))
+
+
+def keeps_tile(
+    tile_max: Float32, running: Float32, scale_log2: Float32, threshold: Float32
+) -> Boolean:
+    """Whether a row whose scores in the tile reach ``tile_max`` (−inf: none is visible) needs it:
+    not when c · (tile_max − running) < log2 λ."""
+    gap = (tile_max - running) * scale_log2
+    return (gap >= threshold) & (tile_max > -Float32.inf)
 
 
 def row_maximum(scores: list[Float32], start: Float32) -> Float32:

@@ -114,6 +114,19 @@ def _launch_registers(kernel: Kernel) -> int:
     return min(SM_REGISTERS // (_align(threads, 128) * ctas) // 8 * 8, 256)
 
 
+def _without_unused(instruction: Instruction) -> tuple[Operand, ...]:
+    """A load whose other bytes nobody uses: the compiler widened it and said so in a pragma."""
+    name, operands, mask = instruction.name, instruction.operands, instruction.used
+    if not name.startswith("ld") or not operands or not isinstance(operands[0], Vector):
+        raise ValueError("used_bytes_mask is known for vector loads alone")
+    size = ptx.TYPE_BYTES[name.rpartition(".")[2]]
+    parts = tuple(
+        part if mask >> i * size & ((1 << size) - 1) else ptx.Sink()
+        for i, part in enumerate(operands[0].parts)
+    )
+    return (Vector(parts), *operands[1:])
+
+
 @dataclass
 class _Assembler:
     module: Module
@@ -265,7 +278,7 @@ class _Assembler:
 
     def instruction(self, instruction: Instruction, records: array[int]) -> None:
         name, scope = instruction.name, instruction.scope
-        operands = instruction.operands
+        operands = _without_unused(instruction) if instruction.used else instruction.operands
         base = name.partition(".")[0]
         clocks = [o for o in operands if isinstance(o, Name) and o.text in _CLOCKS]
         if clocks:

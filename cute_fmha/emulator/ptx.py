@@ -286,6 +286,7 @@ class Instruction:
     line: int
     source: tuple[int, int]  # file number and line of .loc; (0, 0): unknown
     scope: Scope
+    used: int = 0  # of a load that was widened: a mask of the bytes that count; 0: all
 
 
 @dataclass(slots=True)
@@ -358,6 +359,7 @@ _VARIABLE = re.compile(
     re.DOTALL,
 )
 _DIRECTIVE = re.compile(r"\s*\.(\w+)((?:\s+\d+)?(?:\s*,\s*\d+)*)\s*")
+_USED = re.compile(r'\s*\.pragma\s+"used_bytes_mask\s+(\w+)"')
 _RANGE = re.compile(r"([%$_A-Za-z][\w$]*)\s*(?:<\s*(\d+)\s*>)?$")
 
 
@@ -463,6 +465,7 @@ def _parse_body(text: str, position: int, kernel: Kernel, lines: _Lines) -> int:
     scope = kernel.scope
     instructions = kernel.instructions
     source = (0, 0)
+    used = 0
     match_at = _BODY.match
     while True:
         match = match_at(text, position)
@@ -489,8 +492,10 @@ def _parse_body(text: str, position: int, kernel: Kernel, lines: _Lines) -> int:
                     lines.at(start),
                     source,
                     scope,
+                    used,
                 )
             )
+            used = 0
         elif kind == "label":
             scope.labels[match["label"]] = len(instructions)
             following = match_at(text, match.end())
@@ -508,6 +513,8 @@ def _parse_body(text: str, position: int, kernel: Kernel, lines: _Lines) -> int:
                 scope = scope.parent
         elif kind == "line":
             source = (int(match["file"]), int(match["line"]))
+        elif kind == "pragma":
+            used = int(mask[1], 0) if (mask := _USED.match(match["pragma"])) else used
         elif kind == "reg":
             _declare_registers(scope, match["reg"])
         elif kind == "variable":

@@ -9,6 +9,8 @@ typedef struct {
     uint8_t space, bytes, count, size; /* of an element; how many; bytes * count */
     char kind;
     bool atomic, acquire, release;     /* volatile, relaxed, acquire, release: no races among themselves */
+    bool partly;                       /* a vector with parts that go nowhere, which are not read: */
+    uint8_t parts;                     /* those that are */
 } Access;
 
 Decoded deny(char *why, size_t size, const char *format, ...) {
@@ -159,6 +161,11 @@ static bool plainly_inside(const Warp *w, Space space, uint64_t address, uint64_
     return false;
 }
 
+static void add_parts(Run *run, const Access *a, Space space, Cta *cta, uint64_t at) {
+    for (uint32_t e = 0; e < a->count; e++)
+        if (a->parts >> e & 1) run_add(run, space, cta, at + e * a->bytes, a->bytes);
+}
+
 /* The common case of scattered lanes: all of them in the CTA's own shared memory. */
 static bool own_shared_lanes(Warp *w, const Instr *in, const Access *a, uint32_t mask, const uint64_t *address,
                              bool write, uint8_t **host) {
@@ -216,26 +223,28 @@ static Shape reach(Warp *w, const Instr *in, const Access *a, uint32_t mask, con
                 record_atomic(w, in, a, &p, write);
             } else {
                 Run run = {w->machine, &w->agent, in, write, GENERIC_PROXY, p.space, p.cta, p.at, size};
+                if (a->partly) run.bytes = 0, add_parts(&run, a, p.space, p.cta, p.at);
                 run_flush(&run);
             }
             host[first] = p.host;
             return UNIFORM;
         }
     }
-    if (!gaps && !a->atomic && plainly_inside(w, space_of(w, a->space, base), base, size * LANES)) {
+    if (!gaps && !a->atomic && !a->partly && plainly_inside(w, space_of(w, a->space, base), base, size * LANES)) {
         if (!locate(w, in, a->space, base, size * LANES, 0, write, &p)) return UNREACHABLE;
         Run run = {w->machine, &w->agent, in, write, GENERIC_PROXY, p.space, p.cta, p.at, size * LANES};
         run_flush(&run);
         for (uint32_t l = 0; l < LANES; l++) host[l] = p.host + (size_t)l * size;
         return CONTIGUOUS;
     }
-    if ((a->space == SPACE_SHARED || a->space == SPACE_SHARED_CLUSTER) && !a->atomic
+    if ((a->space == SPACE_SHARED || a->space == SPACE_SHARED_CLUSTER) && !a->atomic && !a->partly
         && own_shared_lanes(w, in, a, mask, address, write, host)) return SCATTERED;
     Run run = {w->machine, &w->agent, in, write, GENERIC_PROXY, SPACE_PARAM, NULL, 0, 0};
     FOR_LANES(mask, l) {
         if (!locate(w, in, a->space, address[l], size, (int)l, write, &p)) return UNREACHABLE;
         host[l] = p.host;
         if (a->atomic) record_atomic(w, in, a, &p, write);
+        else if (a->partly) add_parts(&run, a, p.space, p.cta, p.at);
         else run_add(&run, p.space, p.cta, p.at, size);
     }
     run_flush(&run);
@@ -504,6 +513,11 @@ static Decoded decode_load_store(Decode *d, bool load, char *why, size_t n) {
         return deny(why, n, "operands that %s does not take", d->text);
     if (!load && (a.space == SPACE_PARAM || a.space == SPACE_CONST))
         return deny(why, n, "a store to read-only memory");
+    for (int e = 0; load && in->args[0].kind == OPERAND_VECTOR && e < in->args[0].count; e++) {
+        bool used = in->args[0].parts[e].kind != OPERAND_SINK;
+        a.parts |= (uint8_t)(used << e);
+        a.partly |= !used;
+    }
     in->data = arena(d->program, sizeof a);
     memcpy(in->data, &a, sizeof a);
     in->exec = load ? exec_load : exec_store;

@@ -399,7 +399,9 @@ static bool find_kind(const Decode *d, Form *form, char *why, size_t size) {
         if (has(d, refused[i]))
             return tensor_refuse(why, size, "tcgen05.mma of .%s is not modelled", refused[i]), false;
     if (has(d, "sp")) return tensor_refuse(why, size, "sparse tcgen05.mma is not modelled"), false;
-    if (has(d, "ashift")) return tensor_refuse(why, size, "tcgen05.mma with .ashift is not modelled"), false;
+    if (has(d, "ashift"))
+        return tensor_refuse(why, size, "tcgen05.mma with .ashift is not modelled: the ISA does not say whether the "
+                             "product has A before or after the shift, and which lanes it crosses"), false;
     if (has(d, "kind::f16")) form->kind = KIND_F16;
     else if (has(d, "kind::f8f6f4")) form->kind = KIND_F8F6F4;
     else if (has(d, "kind::i8")) form->kind = KIND_I8;

@@ -1,4 +1,4 @@
-/* tcgen05.cp and tcgen05.commit: what the tensor pipe does besides multiplying.
+/* tcgen05.cp, tcgen05.shift and tcgen05.commit: what the tensor pipe does besides multiplying.
  *
  * tcgen05.cp moves a K-major tile of rows of 16 or 32 bytes to 4 or 8 columns. Where row r goes:
  *   128x256b, 128x128b       lane r
@@ -7,14 +7,22 @@
  *   64x128b.warpx2::01_23    lanes r % 32 + 64 (r / 32), and 32 further
  *   32x128b.warpx4           lanes r, r + 32, r + 64, r + 96
  * With cta_group::2 each CTA of the pair copies from its own shared memory to its own tensor memory.
+ * Decompression makes bytes of the 16 elements in a chunk of 16 bytes: of 4 bits each, padded by 64 bits
+ * (.b4x16_p64), which come to lie in bits 2..5 of their byte; or of 6, padded by 32 (.b6x16_p32), in 0..5.
+ *
+ * tcgen05.shift moves 8 columns by one lane: lane i becomes lane i + 1 of before in each part of 32 lanes, the
+ * last of which stays. So it was measured on a B200 (published for lane 0 of the address, one CTA); the ISA
+ * leaves direction and parts open.
  *
  * tcgen05.commit arrives at mbarriers when everything issued to the pipe before it is done. The ISA says
  * this of what the same thread issued; the pipe is in order, so here it holds for every thread's.
  */
 #include "tensor.h"
 
-typedef struct { uint8_t group, rows, chunks, copies, quarters; int row_lanes[2], copy_lanes; } Copy;
+typedef struct { uint8_t group, rows, chunks, copies, quarters, bits; int row_lanes[2], copy_lanes; } Copy;
 typedef struct { const Copy *form; SmemTile tile; int lane, column; } CopyOp;
+typedef struct { int column, group; } ShiftOp;
+enum { SHIFT_COLUMNS = 8 }; /* 32 bytes */
 typedef struct { int n; struct { Cta *cta; uint32_t offset; } target[MAX_CLUSTER]; } CommitOp;
 
 /* ---------------------------------------------------------------- cp */
@@ -31,6 +39,18 @@ static void record_copy(AsyncOp *op, Cta *cta, const CopyOp *c) {
                         true, op->in);
 }
 
+/* 16 elements of 4 or 6 bits, the first in the lowest ones, as bytes. */
+static void decompress(const uint8_t *from, int bits, uint32_t word[4]) {
+    for (int i = 0; i < 16; i++) {
+        int at = i * bits;
+        uint32_t two = from[at / 8] | (uint32_t)from[(at + bits - 1) / 8] << 8;
+        if (at / 8 == (at + bits - 1) / 8) two = from[at / 8];
+        uint32_t value = two >> at % 8 & ((1u << bits) - 1);
+        if (i % 4 == 0) word[i / 4] = 0;
+        word[i / 4] |= (bits == 4 ? value << 2 : value) << i % 4 * 8;
+    }
+}
+
 static bool copy_share(Machine *machine, AsyncOp *op, Cta *cta, const CopyOp *c) {
     const Copy *f = c->form;
     const Geometry *g = tile_geometry(&c->tile, MAJOR_K, f->rows, f->chunks);
@@ -41,7 +61,9 @@ static bool copy_share(Machine *machine, AsyncOp *op, Cta *cta, const CopyOp *c)
     for (int row = 0; row < f->rows; row++)
         for (int chunk = 0; chunk < f->chunks; chunk++) {
             uint32_t word[4];
-            memcpy(word, memory + g->chunk[row * f->chunks + chunk], sizeof word);
+            const uint8_t *from = memory + g->chunk[row * f->chunks + chunk];
+            if (f->bits) decompress(from, f->bits, word);
+            else memcpy(word, from, sizeof word);
             for (int copy = 0; copy < f->copies; copy++)
                 for (int i = 0; i < 4; i++)
                     *tmem_cell(cta, c->lane + copy_lane(f, row, copy), c->column + chunk * 4 + i) = word[i];
@@ -103,10 +125,12 @@ static Decoded decode_copy(Decode *d, char *why, size_t size) {
     };
     static const char *const known[] =
         {"cta_group::1", "cta_group::2", "128x256b", "128x128b", "4x256b", "64x128b",
-                                        "32x128b", "warpx2::02_13", "warpx2::01_23", "warpx4", NULL};
+                                        "32x128b", "warpx2::02_13", "warpx2::01_23", "warpx4", "b8x16",
+                                        "b4x16_p64", "b6x16_p32", NULL};
     Instr *in = d->in;
-    if (has(d, "b8x16")) return tensor_refuse(why, size, "tcgen05.cp with decompression is not modelled");
     const char *bad = unknown_modifier(d, 2, known);
+    int bits = has(d, "b4x16_p64") ? 4 : has(d, "b6x16_p32") ? 6 : 0;
+    if (!bad && has(d, "b8x16") != (bits != 0)) bad = "b8x16 without its source format, or the reverse";
     if (bad) return tensor_refuse(why, size, "modifier .%s of tcgen05.cp is not modelled", bad);
     int group = cta_group(d, why, size);
     if (!group) return REFUSED;
@@ -118,12 +142,72 @@ static Decoded decode_copy(Decode *d, char *why, size_t size) {
         Copy *form = arena(d->program, sizeof *form);
         *form = forms[i].form;
         form->group = (uint8_t)group;
+        form->bits = (uint8_t)bits;
         in->data = form;
         in->exec = exec_copy;
         in->class_ = CLASS_MMA;
         return DECODED;
     }
     return tensor_refuse(why, size, "no such shape and multicast: %s", d->text);
+}
+
+/* ---------------------------------------------------------------- shift */
+static bool shift_share(Machine *machine, AsyncOp *op, Cta *cta, int column) {
+    if (!tmem_allocated(machine, op->warp, op->in, cta, column, SHIFT_COLUMNS)) return false;
+    for (int part = 0; part < TMEM_LANES; part += LANES) {
+        access_tmem(&op->agent, cta, part + 1, LANES - 1, column, SHIFT_COLUMNS, false, op->in);
+        access_tmem(&op->agent, cta, part, LANES - 1, column, SHIFT_COLUMNS, true, op->in);
+        for (int c = 0; c < SHIFT_COLUMNS; c++) {
+            uint32_t *cell = tmem_cell(cta, part, column + c);
+            memmove(cell, cell + 1, (LANES - 1) * sizeof *cell);
+        }
+    }
+    return true;
+}
+
+static bool run_shift(Machine *machine, AsyncOp *op) {
+    const ShiftOp *s = op->payload;
+    Cluster *cluster = op->cta->cluster;
+    if (s->group == 1) shift_share(machine, op, op->cta, s->column);
+    else if (shift_share(machine, op, cluster->cta[op->cta->rank & ~1], s->column))
+        shift_share(machine, op, cluster->cta[op->cta->rank | 1], s->column);
+    return true;
+}
+
+static Status exec_shift(Warp *warp, const Instr *in, uint32_t mask) {
+    Cta *pair[2];
+    int group = (int)in->u[0];
+    if (group == 2 && !cta_pair(warp, in, pair)) return FATAL;
+    FOR_LANES(mask, lane) {
+        uint32_t address = (uint32_t)lane_address(warp, in, &in->args[0], (int)lane);
+        if (tmem_lane(address) % LANES)
+            return fail(warp, in, FINDING_DESCRIPTOR, "%s at lane %d: it needs a multiple of 32", in->name,
+                        tmem_lane(address));
+        if (tmem_lane(address))
+            return fail(warp, in, FINDING_UNMODELLED, "%s at lane %d: the ISA does not say what moves", in->name,
+                        tmem_lane(address));
+        AsyncOp *op = async_new(warp, in, run_shift, sizeof(ShiftOp), true);
+        *(ShiftOp *)op->payload = (ShiftOp){tmem_column(address), group};
+        op->start = 0;
+        op->finish = 12; /* cycles between two of them on a B200, as published */
+        async_submit(warp->machine, op);
+    }
+    return warp->machine->fatal ? FATAL : NEXT;
+}
+
+static Decoded decode_shift(Decode *d, char *why, size_t size) {
+    static const char *const known[] = {"cta_group::1", "cta_group::2", "down", NULL};
+    Instr *in = d->in;
+    const char *bad = unknown_modifier(d, 2, known);
+    if (bad) return tensor_refuse(why, size, "modifier .%s of tcgen05.shift is not modelled", bad);
+    int group = cta_group(d, why, size);
+    if (!group) return REFUSED;
+    if (!has(d, "down") || in->n != 1 || in->args[0].kind != OPERAND_ADDRESS)
+        return tensor_refuse(why, size, "no such operation: %s", d->text);
+    in->u[0] = (uint64_t)group;
+    in->exec = exec_shift;
+    in->class_ = CLASS_MMA;
+    return DECODED;
 }
 
 /* ---------------------------------------------------------------- commit */
@@ -198,6 +282,6 @@ static Decoded decode_commit(Decode *d, char *why, size_t size) {
 Decoded decode_tmem_copy(Decode *d, char *why, size_t size) {
     if (is(d, 1, "cp")) return decode_copy(d, why, size);
     if (is(d, 1, "commit")) return decode_commit(d, why, size);
-    /* tcgen05.shift: the ISA does not say which of the four parts of the lanes move. */
+    if (is(d, 1, "shift")) return decode_shift(d, why, size);
     return tensor_refuse(why, size, "%s is not modelled", d->text);
 }

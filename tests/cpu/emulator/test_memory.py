@@ -148,6 +148,30 @@ def test_sinks_and_broadcast(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, np.full(32, source[1] ^ source[3]))
 
 
+@pytest.mark.parametrize("form", ["pragma", "sink"])
+@pytest.mark.parametrize("address", ["[data]", "[%r9]"])
+def test_unused_parts_of_a_load_are_not_read(form: str, address: str) -> None:
+    """Compilers widen loads: of three words to four, with a pragma about the bytes that count."""
+    pragma = '.pragma "used_bytes_mask 0xf0f";' if form == "pragma" else ""
+    second, fourth = ("%r5", "%r7") if form == "pragma" else ("_", "_")
+    body = f"""
+    .shared .align 16 .b8 data[512];
+    mov.u32 %r8, data; shl.b32 %r9, %r0, 4; add.u32 %r9, %r9, %r8;
+    st.shared.b32 [%r9], %r0; st.shared.b32 [%r9+8], %r0;
+    bar.sync 0;
+    {{pragma}}
+    ld.shared.v4.b32 {{{{%r4, {second}, %r6, {fourth}}}}}, {address};
+    add.u32 %r4, %r4, %r6; mad.wide.u32 %d3, %r0, 4, %d0; st.global.b32 [%d3], %r4;
+    """
+    out = np.zeros(32, np.uint32)
+    run_ptx(kernel(body.format(pragma=pragma), 1), out)
+    wanted = 2 * np.arange(32) if address == "[%r9]" else np.zeros(32)
+    np.testing.assert_array_equal(out, wanted)
+    if form == "pragma":
+        with pytest.raises(EmulationError, match="never written"):
+            run_ptx(kernel(body.format(pragma=""), 1), out)
+
+
 LOADS = [".ca", ".cg", ".cs", ".lu", ".nc", ".volatile", ".relaxed.cta", ".relaxed.gpu", ".weak"]
 LOADS += [".acquire.sys", ".acquire.cluster", ".nc.L1::no_allocate", ".L1::evict_last.L2::128B"]
 

@@ -178,6 +178,12 @@ def test_reducing_load(operation, kind, rng) -> None:
 # ---------------------------------------------------------------- cp
 
 
+SHAPES = [
+    ("128x256b", ""), ("4x256b", ""), ("128x128b", ""), ("64x128b", ".warpx2::02_13"),
+    ("64x128b", ".warpx2::01_23"), ("32x128b", ".warpx4"),
+]  # fmt: skip
+
+
 def copied(rows: np.ndarray, shape: str, multicast: str) -> dict[int, np.ndarray]:
     """lane -> words"""
     if shape == "4x256b":
@@ -192,17 +198,7 @@ def copied(rows: np.ndarray, shape: str, multicast: str) -> dict[int, np.ndarray
 
 
 @pytest.mark.parametrize("group", [1, 2])
-@pytest.mark.parametrize(
-    ("shape", "multicast"),
-    [
-        ("128x256b", ""),
-        ("4x256b", ""),
-        ("128x128b", ""),
-        ("64x128b", ".warpx2::02_13"),
-        ("64x128b", ".warpx2::01_23"),
-        ("32x128b", ".warpx4"),
-    ],
-)
+@pytest.mark.parametrize(("shape", "multicast"), SHAPES)
 def test_copy(shape, multicast, group, rng) -> None:
     rows, size = int(shape.split("x")[0]), int(shape.split("x")[1][:-1]) // 8
     width = int(rng.choice([16, 32] if size == 32 else [16]))
@@ -222,6 +218,59 @@ def test_copy(shape, multicast, group, rng) -> None:
             for at, word in copied(words, shape, multicast).items():
                 wanted[rank, lane + at, column : column + size // 4] = word
         np.testing.assert_array_equal(after, wanted)
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("shape", "multicast"), SHAPES)
+def test_copy_with_decompression(shape, multicast, group, bits, rng) -> None:
+    """Elements of 4 or 6 bits, 16 to a chunk and the rest padding, become bytes."""
+    rows, size = int(shape.split("x")[0]), int(shape.split("x")[1][:-1]) // 8
+    codes = rng.integers(0, 1 << bits, (group, max(rows, 8), size), dtype=np.uint8)
+    ones = (codes.reshape(-1, 16, 1) >> np.arange(bits, dtype=np.uint8)) & 1
+    packed = np.packbits(ones.reshape(len(ones), -1), axis=1, bitorder="little")
+    padding = rng.integers(0, 256, (len(packed), 16 - packed.shape[1]), dtype=np.uint8)
+    raw = np.concatenate([packed, padding], axis=1).reshape(group, -1, size, 1)
+    tiles = [tk.k_major(part, 16) for part in raw]
+    image = np.stack([tile.image for tile in tiles])
+    name = f"{shape}{multicast}.b8x16.{'b4x16_p64' if bits == 4 else 'b6x16_p32'}"
+    body = tk.issue(f"tcgen05.cp.cta_group::{group}.{name} [%r23], %d23;", group)
+    before = rng.integers(0, 2**32, (group, 128, 32), dtype=np.uint64).astype(np.uint32)
+    commands = [tk.command(0, tiles[0].descriptor(tk.IMAGE, 0), 0, 4, False)]
+    for mode in ("eager", "lazy"):
+        after, _ = tk.run(tk.kernel(body, 32, group), image, before, commands, group, Policy(mode))
+        wanted = before.copy()
+        for rank in range(group):
+            values = codes[rank, :rows] * np.uint8(4 if bits == 4 else 1)
+            for at, word in copied(values.view(np.uint32), shape, multicast).items():
+                wanted[rank, at, 4 : 4 + size // 4] = word
+        np.testing.assert_array_equal(after, wanted)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_shift(group, rng) -> None:
+    """One lane down in every part of 32 lanes, 8 columns; the last lane stays."""
+    before = rng.integers(0, 2**32, (group, 128, 32), dtype=np.uint64).astype(np.uint32)
+    body = tk.issue(f"tcgen05.shift.cta_group::{group}.down [%r23];", group)
+    column = 4 * int(rng.integers(0, 7))
+    commands = [tk.command(0, 0, 0, column, False)] * 2
+    for mode in ("eager", "lazy"):
+        image = np.zeros((group, 128), np.uint8)
+        after, _ = tk.run(tk.kernel(body, 32, group), image, before, commands, group, Policy(mode))
+        wanted = before.copy()
+        parts = wanted.reshape(group, 4, 32, 32)[..., column : column + 8]
+        parts[:, :, :30] = parts[:, :, 2:].copy()
+        parts[:, :, 30] = parts[:, :, 31]
+        np.testing.assert_array_equal(after, wanted)
+
+
+def test_shift_somewhere_else() -> None:
+    for lane, kind in ((16, "descriptor"), (32, "unmodelled")):
+        body = tk.issue("tcgen05.shift.cta_group::1.down [%r23];")
+        commands = [tk.command(0, 0, 0, lane << 16, False)]
+        image, before = np.zeros((1, 128), np.uint8), np.zeros((1, 128, 32), np.uint32)
+        with pytest.raises(EmulationError, match=kind):
+            tk.run(tk.kernel(body, 32), image, before, commands)
 
 
 def test_copy_then_multiply_in_order(rng) -> None:
@@ -256,11 +305,13 @@ def test_copy_then_multiply_in_order(rng) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "tcgen05.cp.cta_group::1.128x128b.b8x16.b6x16_p32 [%r4], %d0;",
-        "tcgen05.cp.cta_group::1.128x256b.b8x16.b4x16_p64 [%r4], %d0;",
+        "tcgen05.cp.cta_group::1.128x128b.b8x16 [%r4], %d0;",
+        "tcgen05.cp.cta_group::1.128x256b.b4x16_p64 [%r4], %d0;",
+        "tcgen05.cp.cta_group::1.128x256b.b8x16.b2x16_p96 [%r4], %d0;",
         "tcgen05.cp.cta_group::1.64x128b [%r4], %d0;",
         "tcgen05.cp.cta_group::1.128x128b.warpx4 [%r4], %d0;",
-        "tcgen05.shift.cta_group::1.down [%r4];",
+        "tcgen05.shift.cta_group::1.up [%r4];",
+        "tcgen05.shift.cta_group::1 [%r4];",
         "tcgen05.ld.sync.aligned.32x32b.x3.b32 {%v0, %v1, %v2}, [%r4];",
         "tcgen05.ld.sync.aligned.32x32b.x2.b32 {%v0}, [%r4];",
         "tcgen05.ld.sync.aligned.16x256b.x64.b32 {%v0}, [%r4];",

@@ -61,6 +61,7 @@ from cute_fmha.kernels.blackwell.mla_decode_mma import mma
 from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES, Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, UNIT, MlaPlan, topology
 from cute_fmha.kernels.blackwell.mla_decode_softmax import softmax
+from cute_fmha.kernels.blackwell.mla_decode_swap import swap
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.ragged import ragged
 
@@ -112,7 +113,8 @@ class MlaDecode:
             ),
         )
         mKV = ragged(mKV, 0)
-        load = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
+        group = tcgen05.CtaGroup.TWO if plan.pair else tcgen05.CtaGroup.ONE
+        load = cpasync.CopyBulkTensorTileG2SOp(group)
         tma_latent, gKV = cpasync.make_tiled_tma_atom(
             load, mKV, swizzled(3, (plan.box_rows, UNIT, plan.box_units), (UNIT, 1, KEYS * UNIT)),
             (plan.box_rows, UNIT, plan.box_units),
@@ -121,14 +123,16 @@ class MlaDecode:
             load, mKV, swizzled(3, (plan.box_rows, UNIT, 1), (UNIT, 1, KEYS * UNIT)),
             (plan.box_rows, UNIT, 1),
         )  # fmt: skip
-        # TMEM column x of half h is value column 256 (x / 128) + 128 h + x % 128.
-        rows, quarter = mO.shape[1] * mO.shape[2], plan.head_dim_v // 4
+        # TMEM column x of half h of the lanes is value column 256 (x / 128) + 128 h + x % 128, in
+        # a pair 256 h + x.
+        rows, half = mO.shape[1] * mO.shape[2], plan.head_dim_v // (2 if plan.pair else 4)
+        counts = (half // plan.chunk, plan.head_dim_v // 2 // half)
         # (ROW, CHUNK_COLUMN, HALF, CHUNKS, BATCH)
         mO = cute.make_tensor(
             mO.iterator,
             cute.make_layout(
-                (rows, plan.chunk, 2, (quarter // plan.chunk, 2), mO.shape[0]),
-                stride=(mO.stride[2], 1, quarter, (plan.chunk, 2 * quarter), mO.stride[0]),
+                (rows, plan.chunk, 2, counts, mO.shape[0]),
+                stride=(mO.stride[2], 1, half, (plan.chunk, 2 * half), mO.stride[0]),
             ),
         )
         tma_o, gO = cpasync.make_tiled_tma_atom(
@@ -139,9 +143,12 @@ class MlaDecode:
         mem = Global(
             mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, mLSE, mSink, mSkip, mStats
         )
-        work = cute.ceil_div(rows, ROWS) * mQ.shape[0]
+        clusters = cutlass.min(
+            cute.ceil_div(rows, plan.rows) * mQ.shape[0], cutlass.max(ctas // plan.ctas, 1)
+        )
         self.kernel(mem, scalars).launch(
-            grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
+            grid=(clusters * plan.ctas, 1, 1), block=(plan.threads, 1, 1),
+            cluster=(plan.ctas, 1, 1), min_blocks_per_mp=1,
         )  # fmt: skip
 
     @cute.kernel
@@ -151,6 +158,7 @@ class MlaDecode:
         storage = cutlass.utils.SmemAllocator().allocate(self.storage())
         shared = self.shared(storage)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
         mma_warp, load_warp, store_warp = (
             plan.role(name).warps[0] for name in ("mma", "load", "store")
@@ -162,29 +170,41 @@ class MlaDecode:
                 barriers.initialise()
             cute.arch.mbarrier_init_fence()
         if warp == mma_warp:
-            cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem)
-            cute.arch.relinquish_tmem_alloc_permit()
-        cute.arch.sync_threads()
+            cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem, is_two_cta=plan.pair)
+            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=plan.pair)
+        self.meet()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
 
-        work = Work(plan, mem, scalars)
+        work = Work(plan, mem, scalars, rank)
         if warp < plan.role("softmax").warps[-1] + 1:
             cute.arch.setmaxregister_increase(plan.role("softmax").registers)
             softmax(plan, work, mem, shared, scalars, tmem, barriers.of("softmax"))
         elif warp < plan.role("epilogue").warps[-1] + 1:
             cute.arch.setmaxregister_decrease(plan.role("epilogue").registers)
             epilogue(plan, work, self.store, mem, shared, scalars, tmem, barriers.of("epilogue"))
-        else:
+        elif warp < plan.role("idle").warps[-1] + 1:
             cute.arch.setmaxregister_decrease(plan.role("mma").registers)
-            if warp == mma_warp:
+            if warp == mma_warp and rank == 0:
                 mma(plan, work, shared, tmem, barriers.of("mma"))
             elif warp == load_warp:
                 load(plan, work, mem, shared, barriers.of("load"))
             elif warp == store_warp:
                 write(plan, work, self.store, mem, shared, barriers.of("store"))
-        cute.arch.sync_threads()
+        elif cutlass.const_expr(plan.pair):
+            cute.arch.setmaxregister_increase(plan.role("swap").registers)
+            if warp < plan.role("swap").warps[-1] + 1:
+                swap(plan, work, shared, barriers.of("swap"))
+        self.meet()
         if warp == mma_warp:
-            cute.arch.dealloc_tmem(tmem, plan.tmem.columns)
+            cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)
+
+    def meet(self) -> None:
+        """Wait for all threads of the cluster."""
+        if self.plan.pair:
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+        else:
+            cute.arch.sync_threads()
 
     # ------------------------------------------------------------------ shared memory
 
@@ -198,13 +218,14 @@ class MlaDecode:
         fields = {
             "sLatent": aligned(self.dtype, plan.stages * plan.half_units * KEYS * UNIT),
             "sRope": aligned(self.dtype, plan.rope_stages * KEYS * UNIT * plan.rope),
-            "sP": aligned(self.dtype, plan.p_stages * ROWS * plan.tile_n),
+            "sP": aligned(self.dtype, plan.p_stages * plan.p_units * ROWS * UNIT),
             "sQ": aligned(self.dtype, plan.q_shared_units * ROWS * UNIT),
             "sO": aligned(self.out_dtype, plan.o_stages * 2 * ROWS * plan.chunk),
             "sMax": cute.struct.MemRange[Float32, 4 * ROWS],
             "sTotal": cute.struct.MemRange[Float32, 2 * ROWS],
             "sRowMax": cute.struct.MemRange[Float32, ROWS],
-            "sKeep": cute.struct.MemRange[Int32, 3],
+            "sKeep": cute.struct.MemRange[Int32, 2 * plan.ctas],
+            "sKept": cute.struct.MemRange[Int32, 1],
             "barriers": cute.struct.MemRange[Int64, self.topology.size],
             "tmem": Int32,
         }
@@ -232,11 +253,14 @@ class MlaDecode:
         return Shared(
             sLatent=units(storage.sLatent, plan.half_units, plan.stages),
             sRope=units(storage.sRope, plan.rope_stages) if plan.rope else None,
-            sP=units(storage.sP, plan.tile_n // UNIT, plan.p_stages),
+            sP=units(storage.sP, plan.p_units, plan.p_stages),
             sQ=units(storage.sQ, plan.q_shared_units),
             sO=storage.sO.get_tensor(chunks, swizzle=narrow),
             sMax=storage.sMax.get_tensor(cute.make_layout((2 * ROWS, 2))),
             sTotal=storage.sTotal.get_tensor(cute.make_layout(2 * ROWS)),
             sRowMax=storage.sRowMax.get_tensor(cute.make_layout(ROWS)),
-            sKeep=storage.sKeep.get_tensor(cute.make_layout(3)),
+            sKeep=storage.sKeep.get_tensor(
+                cute.make_layout((2, plan.ctas), stride=(plan.ctas, 1))
+            ),
+            sKept=storage.sKept.get_tensor(cute.make_layout(1)),
         )

@@ -41,7 +41,7 @@ def epilogue(
             barriers.wait("stats_full", phase)
             total = shared.sTotal[thread] + shared.sTotal[thread ^ ROWS]
             row_max = shared.sRowMax[thread % ROWS]
-            empty = shared.sKeep[2] == 0
+            empty = shared.sKept[0] == 0
             barriers.arrive("stats_empty")
             barriers.wait_tmem("o_full", phase)
             phase = phase ^ 1
@@ -73,7 +73,7 @@ def write(plan: MlaPlan, work: Work, store: Store, mem: Global, shared: Shared, 
         # (ROW, CHUNK_COLUMN, HALF, CHUNKS)
         gO = cute.local_tile(
             mem.mO[None, None, None, None, tile.batch], (ROWS, plan.chunk, 2),
-            (tile.first_row // ROWS, 0, 0, None),
+            (tile.first_row // ROWS + work.rank, 0, 0, None),
         )  # fmt: skip
         chunk = store.consume(mem.tma_o, cute.group_modes(gO, 0, 2), shared.sO, barriers, chunk)
     cute.arch.cp_async_bulk_wait_group(0)

@@ -10,7 +10,7 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, WorkTile
-from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, UNIT, UNIT_BYTES, MlaPlan
+from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.ragged import cut
 
@@ -27,25 +27,25 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
     for index in cutlass.range(first_work, works, step, unroll=1):
         tile = work.tile(index)
         keys = work.keys(tile)
-        pages = lookup(plan, mem, tile, keys.begin, keys.end)
+        pages = lookup(work, tile, keys.begin, keys.end)
         for n in cutlass.range(keys.begin, keys.end, unroll=1):
-            boxes = [place(plan, mem, tile, n, box, pages) for box in range(plan.boxes)]
+            boxes = [place(work, tile, n, box, pages) for box in range(plan.boxes)]
             # The block table is read a tile ahead of its use.
-            pages = lookup(plan, mem, tile, n + 1, keys.end)
-            for half in cutlass.range_constexpr(2):
-                barriers.wait("k_empty", k.empty_phase, k.index)
-                bar = barriers.expect("k_full", plan.half_bytes, k.index)
-                fetch_half(plan, mem, shared, boxes, half, k.index, bar)
-                k = k.next()
+            pages = lookup(work, tile, n + 1, keys.end)
             if cutlass.const_expr(plan.rope):
                 barriers.wait("rope_empty", rope.empty_phase, rope.index)
-                bar = barriers.expect("rope_full", UNIT_BYTES, rope.index)
+                bar = announce(work, barriers, "rope_full", UNIT_BYTES, rope.index)
                 for box in cutlass.range_constexpr(plan.boxes):
                     fetch(
                         mem.tma_rope, boxes[box], plan, 1, plan.units - 1,
                         shared.sRope[None, None, rope.index], box, bar,
                     )  # fmt: skip
                 rope = rope.next()
+            for half in cutlass.range_constexpr(2):
+                barriers.wait("k_empty", k.empty_phase, k.index)
+                bar = announce(work, barriers, "k_full", plan.half_bytes, k.index)
+                fetch_half(plan, mem, shared, boxes, half, k.index, bar)
+                k = k.next()
     # The last releases come from the tensor core: stay until they are in.
     for _stage in cutlass.range_constexpr(plan.stages):
         barriers.wait("k_empty", k.empty_phase, k.index)
@@ -57,29 +57,37 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
 
 
 @cute.jit
-def lookup(plan: MlaPlan, mem: Global, tile: WorkTile, n: Int32, end: Int32):
+def announce(work: Work, barriers: Barriers, name: cutlass.Constexpr, size: int, index: Int32):
+    """Have ``size`` bytes from every CTA expected by the first one, at whose barrier they all
+    arrive; returns the mbarrier for the copies."""
+    if work.rank == 0:
+        barriers.expect(name, size * work.plan.ctas, index)
+    return barriers.at(name, index)
+
+
+@cute.jit
+def lookup(work: Work, tile: WorkTile, n: Int32, end: Int32):
     """The page of every box of tile ``n``; page 0 for boxes without a row, of which nothing is
     fetched: entries of the table past the length are not looked at."""
+    plan, mem = work.plan, work.mem
     pages = []
     for box in cutlass.range_constexpr(plan.boxes):
         page = Int32(0)
-        token = n * KEYS + box * plan.box_rows
+        token = work.first_key(n) + box * plan.box_rows
         if (n < end) & (token < tile.seqlen_k):
-            page = mem.mTable[tile.batch, token // mem.mKV.shape[0]]
+            page = mem.mTable[tile.batch, token // plan.page_size]
         pages.append(page)
     return pages
 
 
-def place(
-    plan: MlaPlan, mem: Global, tile: WorkTile, n: Int32, box: int, pages: list[Int32]
-) -> cute.Tensor:
+def place(work: Work, tile: WorkTile, n: Int32, box: int, pages: list[Int32]) -> cute.Tensor:
     """The page of a box from its first row on, cut where the sequence ends:
     (PAGE_ROW, UNIT_COLUMN, UNIT)."""
-    token = n * KEYS + box * plan.box_rows
-    page_rows = mem.mKV.shape[0]
+    plan, mem = work.plan, work.mem
+    token = work.first_key(n) + box * plan.box_rows
     rows = cutlass.max(cutlass.min(tile.seqlen_k - token, plan.box_rows), 0)
     page = mem.mKV[None, None, None, pages[box], None]
-    return cut(page, 0, token - token // page_rows * page_rows, rows)
+    return cut(page, 0, token % plan.page_size, rows)
 
 
 def fetch_half(

@@ -13,7 +13,7 @@ from cutlass import Boolean, Int32
 from cute_fmha import tiling
 from cute_fmha.kernels.blackwell.device import device_function
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
+from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Carried, Fixed
 
 DTYPES = {
@@ -53,7 +53,15 @@ class Shared(NamedTuple):
     sMax: Any  # (LANE, 2): maximum of a row's half of a tile, by turns
     sTotal: Any  # (LANE,): at the end Σ P of half a row
     sRowMax: Any  # (ROW,): at the end the maximum
-    sKeep: Any  # (3,): whether a tile is kept, by turns; at the end whether any was
+    sKeep: Any  # (2, CTA): votes to keep a tile, by turns
+    sKept: Any  # (1,): at the end whether any tile was kept
+
+    def keeps(self, turn: Int32) -> Boolean:
+        """Whether a CTA has voted to keep the tile of that turn."""
+        votes = self.sKeep[turn, 0]
+        if cute.size(self.sKeep, mode=[1]) == 2:
+            votes = votes | self.sKeep[turn, 1]
+        return votes != 0
 
 
 @dataclass(frozen=True)
@@ -81,12 +89,13 @@ def lane_address(tmem: Any, thread: Int32) -> Int32:
 
 
 class Work(Fixed):
-    """The work of one CTA."""
+    """The work of one CTA, the ``rank``-th of its cluster."""
 
-    def __init__(self, plan: MlaPlan, mem: Global, scalars: Scalars) -> None:
+    def __init__(self, plan: MlaPlan, mem: Global, scalars: Scalars, rank: Int32) -> None:
         self.plan = plan
         self.mem = mem
         self.scalars = scalars
+        self.rank = rank
 
     @property
     def heads(self) -> Int32:
@@ -98,15 +107,16 @@ class Work(Fixed):
         return self.mem.mQ.shape[1] * self.heads
 
     def indices(self) -> tuple[Int32, Int32, Int32]:
-        """The work tiles of this CTA, as a range (first, end, step)."""
-        total = cute.ceil_div(self.rows, ROWS) * self.mem.mQ.shape[0]
-        return cute.arch.block_idx()[0], total, cute.arch.grid_dim()[0]
+        """The work tiles of this cluster, as a range (first, end, step)."""
+        total = cute.ceil_div(self.rows, self.plan.rows) * self.mem.mQ.shape[0]
+        ctas = self.plan.ctas
+        return cute.arch.block_idx()[0] // ctas, total, cute.arch.grid_dim()[0] // ctas
 
     def tile(self, index: Int32) -> WorkTile:
         """Work tile ``index``: row blocks of a sequence follow each other and share it in L2."""
-        blocks = cute.ceil_div(self.rows, ROWS)
+        blocks = cute.ceil_div(self.rows, self.plan.rows)
         batch = index // blocks
-        first_row = (index - batch * blocks) * ROWS
+        first_row = (index - batch * blocks) * self.plan.rows
         return WorkTile(first_row, batch, self.mem.mLens[batch])
 
     def window(self) -> tuple[Any, Any]:
@@ -131,9 +141,13 @@ class Work(Fixed):
             begin, full_begin, full_end, end = Int32(0), Int32(0), Int32(0), Int32(0)
         return Keys(begin, full_begin, full_end, end)
 
+    def first_key(self, n: Int32) -> Int32:
+        """The first of the 64 keys of tile ``n`` that the CTA fetches."""
+        return n * self.plan.tile_n + self.rank * KEYS
+
     def position(self, tile: WorkTile, row: Int32) -> tuple[Int32, Int32, Boolean]:
-        """(query position, head, whether it exists) of row ``row`` of a work tile."""
-        row = tile.first_row + row
+        """(query position, head, whether it exists) of row ``row`` of the CTA in a work tile."""
+        row = tile.first_row + self.rank * ROWS + row
         exists = row < self.rows
         row = cutlass.min(row, self.rows - 1)
         position = row // self.heads

@@ -32,8 +32,9 @@ OTHER_BYTES = 3072
 class MlaPlan:
     """Tiles, stages, warps, registers and memory of one kernel.
 
-    A work tile is up to 64 rows of one sequence on one CTA. The latent arrives in halves of 256
-    columns, which are a stage each, and rope columns in a ring of their own.
+    A work tile is up to 64 rows of one sequence on one CTA, or up to 128 on a ``pair``. The latent
+    arrives in halves of 256 columns, which are a stage each, and rope columns in a ring of their
+    own.
     """
 
     head_dim: int
@@ -42,6 +43,7 @@ class MlaPlan:
     out_dtype: torch.dtype
     features: Features
     page_size: int = 64
+    pair: bool = False
     stages: int = 5
     rope_stages: int = 2
     p_stages: int = 2
@@ -63,14 +65,24 @@ class MlaPlan:
     # ------------------------------------------------------------------ tiles
 
     @property
+    def ctas(self) -> int:
+        """CTAs to a work tile."""
+        return 2 if self.pair else 1
+
+    @property
     def rows(self) -> int:
         """Rows of a work tile."""
-        return ROWS
+        return ROWS * self.ctas
 
     @property
     def tile_n(self) -> int:
-        """Keys of a KV tile."""
-        return KEYS
+        """Keys of a KV tile; each CTA fetches 64 of them."""
+        return KEYS * self.ctas
+
+    @property
+    def p_units(self) -> int:
+        """Units of a tile of P: 64 rows × 64 keys."""
+        return self.tile_n // UNIT
 
     @property
     def s_columns(self) -> int:
@@ -110,7 +122,8 @@ class MlaPlan:
     def tmem(self) -> TmemMap:
         """O and S fold their columns over both halves of the lanes; Q is there twice.
 
-        At 576/512: O 0–255, S 256–287, Q 288–511 (its first 448 columns).
+        At 576/512: O 0–255, S 256–287, Q 288–511 (its first 448 columns); a pair, whose tiles have
+        twice the keys: S 256–319, Q 320–511 (384 columns).
         """
         o_end = self.head_dim_v // 2
         s_end = o_end + self.s_columns
@@ -144,13 +157,16 @@ class MlaPlan:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role."""
+        counts = (192, 88, 80) if self.pair else (232, 152, 120)
+        swap = (Role("swap", (12, 13), 152), Role("aside", (14, 15), 152)) if self.pair else ()
         return (
-            Role("softmax", (0, 1, 2, 3), 232),
-            Role("epilogue", (4, 5, 6, 7), 152),
-            Role("mma", (8,), 120),
-            Role("load", (9,), 120),
-            Role("store", (10,), 120),
-            Role("idle", (11,), 120),
+            Role("softmax", (0, 1, 2, 3), counts[0]),
+            Role("epilogue", (4, 5, 6, 7), counts[1]),
+            Role("mma", (8,), counts[2]),
+            Role("load", (9,), counts[2]),
+            Role("store", (10,), counts[2]),
+            Role("idle", (11,), counts[2]),
+            *swap,
         )
 
     def role(self, name: str) -> Role:
@@ -182,7 +198,7 @@ class MlaPlan:
         return {
             "latent": self.stages * self.half_bytes,
             "rope": self.rope_stages * UNIT_BYTES * self.rope,
-            "P": self.p_stages * ROWS * self.tile_n * 2,
+            "P": self.p_stages * self.p_units * UNIT_BYTES,
             "Q": self.q_shared_units * UNIT_BYTES,
             "O": self.o_stages * 2 * ROWS * self.chunk_bytes,
             "other": OTHER_BYTES,
@@ -193,8 +209,20 @@ class MlaPlan:
         return sum(self.shared_parts.values())
 
 
+def make_plan(
+    head_dim: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features,
+    page_size: int, rows: int,
+) -> MlaPlan:  # fmt: skip
+    """The plan for sequences of ``rows`` rows: a pair of CTAs where there are more than 64."""
+    pair = rows > ROWS
+    return MlaPlan(
+        head_dim, 512, dtype, out_dtype, features, page_size, pair,
+        p_stages=1 if pair else 2, o_stages=1 if pair else 2,
+    )  # fmt: skip
+
+
 def topology(plan: MlaPlan) -> Topology:
-    """The barriers of `cute_fmha.kernels.blackwell.mla_decode`.
+    """The barriers of `cute_fmha.kernels.blackwell.mla_decode`; of a pair, mma runs on the first CTA.
 
     load ── k_full, rope_full ──> mma ── s_full ──────────> softmax ── stats_full ──> epilogue
          <─ k_empty, rope_empty ─     <─ s_empty, p_ready ─         <─ stats_empty ──
@@ -203,36 +231,51 @@ def topology(plan: MlaPlan) -> Topology:
                                       ── o_full ─────────────────────────────────> epilogue
                                       <─ o_empty ─────────────────────────────────
     epilogue ── chunk_full ──> store,   epilogue <── chunk_empty ── store
+
+    and in a pair: mma ── s_full ──> swap ── swapped ──> mma,   swap ── given ──> the other's swap,
+    with skips: softmax ── voted ──> softmax, swap and mma of both.
     """
-    rope = []
+    more = []
     if plan.rope:
-        rope = [
+        more = [
             Barrier("rope_full", plan.rope_stages, (("load", "bytes"),)),
             Barrier("rope_empty", plan.rope_stages, (("mma", "commit"),)),
         ]
+    if plan.pair:
+        more += [
+            # The other CTA has read what it gives away: one may write there. By turns, like all
+            # that a warp may signal for a tile when another has not yet done so for the last.
+            Barrier("given", 2, (("swap", "warp"),), "other"),
+            # V is where P V expects it, or the tile is skipped.
+            Barrier("swapped", 2, (("swap", "warp"),), "first"),
+        ]
+        if plan.features.skip:
+            more.append(Barrier("voted", 2, (("softmax", "leader"),), "both"))
     return Topology(
         plan.roles,
         (
             Barrier("k_full", plan.stages, (("load", "bytes"),)),
             Barrier("k_empty", plan.stages, (("mma", "commit"),)),
-            *rope,
+            *more,
             # Q is in TMEM and shared memory. It is free when the softmax has the last S.
-            Barrier("q_full", 1, (("softmax", "warp"),)),
-            Barrier("s_full", 1, (("mma", "commit"),)),
+            Barrier("q_full", 1, (("softmax", "warp"),), "first"),
+            # By turns: the swap may look at it when S of the next tile is complete, too.
+            Barrier("s_full", 2, (("mma", "commit"),)),
             # S is in registers.
-            Barrier("s_empty", 1, (("softmax", "warp"),)),
-            # The decision on a tile is made; if it is kept, P is stored and O is rescaled. Two by
+            Barrier("s_empty", 1, (("softmax", "warp"),), "first"),
+            # The decision on a tile is made; if it is kept, P is stored and O is rescaled. By
             # turns: a warp may be done with the next tile when another one is not with this.
-            Barrier("p_ready", 2, (("softmax", "warp"),)),
+            Barrier("p_ready", 2, (("softmax", "warp"),), "first"),
             # P V of a kept tile is complete: P may be overwritten, O rescaled.
             Barrier("pv_done", plan.p_stages, (("mma", "commit"),)),
             Barrier("stats_full", 1, (("softmax", "warp"),)),
             Barrier("stats_empty", 1, (("epilogue", "warp"),)),
             Barrier("o_full", 1, (("mma", "commit"),)),
-            Barrier("o_empty", 1, (("epilogue", "warp"),)),
+            Barrier("o_empty", 1, (("epilogue", "warp"),), "first"),
             Barrier("chunk_full", plan.o_stages, (("epilogue", "warp"),)),
             Barrier("chunk_empty", plan.o_stages, (("store", "warp"),)),
         ),
+        plan.ctas,
     )
 
 

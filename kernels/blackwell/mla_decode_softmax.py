@@ -7,7 +7,7 @@ the maxima of their halves; each keeps the sum of its own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cutlass
@@ -61,10 +61,8 @@ class RowState(Carried):
 
 @dataclass(frozen=True)
 class Progress(Carried):
-    """Parity of s_full, the place of the next P, tiles seen and skipped, and whether this work tile
-    has kept one."""
+    """The place of the next P, tiles seen and skipped, and whether this work tile has kept one."""
 
-    s: Int32
     p_index: Int32
     p_phase: Int32
     seen: Int32
@@ -92,7 +90,7 @@ def softmax(
     Waits: s_full, pv_done, stats_empty. Signals: q_full, s_empty, p_ready, stats_full.
     Registers: 232."""
     thread = cute.arch.thread_idx()[0] % 128
-    progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
+    progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
     stats_phase = Int32(0)
     first_work, works, step = work.indices()
     for index in cutlass.range(first_work, works, step, unroll=1):
@@ -114,10 +112,10 @@ def softmax(
             if thread < ROWS:
                 shared.sRowMax[thread] = state.maximum
             if thread == 0:
-                shared.sKeep[2] = progress.kept
+                shared.sKept[0] = progress.kept
             barriers.arrive("stats_full")
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
-        if thread == 0:
+        if thread == 0 and work.rank == 0:
             cute.arch.atomic_add(mem.mStats.iterator, Int64(progress.skipped))
             cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(progress.seen))
 
@@ -163,9 +161,7 @@ def fetch_query(group: Group, gQ: cute.Tensor, exists: Boolean) -> None:
 def row(group: Group, tile: WorkTile, keys: Keys, position: Int32, state, progress):
     """All KV tiles of a work tile: (state, progress)."""
     plan = group.work.plan
-    progress = Progress(
-        progress.s, progress.p_index, progress.p_phase, progress.seen, progress.skipped, Int32(0)
-    )
+    progress = replace(progress, kept=Int32(0))
     if cutlass.const_expr(plan.features.window_left):
         for n in cutlass.range(keys.begin, keys.full_begin, unroll=1):
             state, progress = step(group, tile, position, n, state, progress, True)
@@ -186,7 +182,8 @@ def step(
     plan = work.plan
     columns = plan.s_columns
     tS = lane_address(tmem, thread) + plan.tmem["S"].start
-    barriers.wait_tmem("s_full", progress.s)
+    turn = progress.seen & 1
+    barriers.wait_tmem("s_full", progress.seen >> 1 & 1, turn)
     scores = []
     for c in cutlass.range_constexpr(0, columns, 32):
         scores += ptx.tcgen05_load(tS + c, 32)
@@ -198,33 +195,51 @@ def step(
         first_key = n * plan.tile_n + thread // ROWS * columns
         lengths = work.mem.mQ.shape[1], tile.seqlen_k
         scores = mask_row(scores, position, first_key, lengths, work.window())
-    turn = progress.seen & 1
     own = row_maximum(scores, Float32(-Float32.inf))
     shared.sMax[thread, turn] = own
     keep = Boolean(True)
     if cutlass.const_expr(plan.features.skip):
         vote = keeps_tile(own, state.running, scalars.scale_log2, scalars.skip)
-        keep = ptx.barrier_any(Int32(VOTE), 128, vote)
-        if thread == 0:
-            shared.sKeep[turn] = Int32(keep)
+        vote = ptx.barrier_any(Int32(VOTE), 128, vote)
+        keep = decide(group, vote, progress)
     else:
         ptx.barrier_sync(PAIR + thread // 32 % 2, 64)
     if keep:
         tile_max = cute.arch.fmax(own, shared.sMax[thread ^ ROWS, turn])
         state = probabilities(group, scores, tile_max, state, progress)
         wraps = progress.p_index == plan.p_stages - 1
-        p_index = 0 if wraps else progress.p_index + 1
-        p_phase = progress.p_phase ^ Int32(wraps)
-        progress = Progress(
-            progress.s ^ 1, p_index, p_phase, progress.seen + 1, progress.skipped, Int32(1)
+        progress = replace(
+            progress,
+            p_index=0 if wraps else progress.p_index + 1,
+            p_phase=progress.p_phase ^ Int32(wraps),
+            kept=Int32(1),
         )
     else:
-        progress = Progress(
-            progress.s ^ 1, progress.p_index, progress.p_phase, progress.seen + 1,
-            progress.skipped + 1, progress.kept,
-        )  # fmt: skip
+        progress = replace(progress, skipped=progress.skipped + 1)
+    progress = replace(progress, seen=progress.seen + 1)
     barriers.arrive_tmem("p_ready", turn)
     return state, progress
+
+
+@cute.jit
+def decide(group: Group, vote: Boolean, progress):
+    """Whether the tile is kept, by the votes of all rows; of a pair, those of both CTAs."""
+    work, shared, _, _, barriers, thread = group
+    turn = progress.seen & 1
+    keep = vote
+    if cutlass.const_expr(work.plan.pair):
+        if thread < 32:
+            with cute.arch.elect_one():
+                own = shared.sKeep.iterator.toint() + (turn * 2 + work.rank) * 4
+                for rank in range(2):
+                    ptx.store_cluster(ptx.map_shared(own, rank), [Int32(vote)])
+            cute.arch.sync_warp()
+            barriers.arrive_leader("voted", turn)
+        barriers.wait("voted", progress.seen >> 1 & 1, turn)
+        keep = shared.keeps(turn)
+    elif thread == 0:
+        shared.sKeep[turn, 0] = Int32(vote)
+    return keep
 
 
 @cute.jit
@@ -248,7 +263,7 @@ def probabilities(group: Group, scores, tile_max: Float32, state, progress):
     # (ROW, KEY, UNIT): the thread's keys are part of a row of 128 bytes, or all of it
     row, half = thread % ROWS, thread // ROWS
     byte = half * plan.s_columns * 2
-    target = shared.sP.iterator.toint() + progress.p_index * ROWS * plan.tile_n * 2
+    target = shared.sP.iterator.toint() + progress.p_index * plan.p_units * UNIT_BYTES
     target = target + byte // 128 * UNIT_BYTES + row * 128
     for piece in cutlass.range_constexpr(len(words) // 4):
         at = (byte % 128 // 16 + piece) ^ row % 8

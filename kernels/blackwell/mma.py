@@ -74,6 +74,11 @@ class Operand:
             tuple(step >> 4 for step in steps),
         )
 
+    def units(self, count: int, distance: int = 64 * 128) -> Operand:
+        """``count`` tiles of the same steps, ``distance`` bytes from one to the next, as one."""
+        steps = (step + i * (distance >> 4) for i in range(count) for step in self.steps)
+        return Operand(self.low, self.high, self.stage, tuple(steps))
+
     def tile(self, index: Any) -> Int32:
         """Low word of the descriptor of tile ``index``."""
         return self.low + index * self.stage

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
+from cutlass._mlir.dialects import nvvm
 from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
 
@@ -24,24 +25,32 @@ from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.plan import Plan, Role
 
 How = Literal["warp", "leader", "commit", "bytes"]
+To = Literal["own", "first", "other", "both"]
 
 
 @dataclass(frozen=True)
 class Barrier:
     """``count`` mbarriers that announce the state ``name``, each signalled as ``signals`` says:
-    (role, how) pairs."""
+    (role, how) pairs.
+
+    In a pair of CTAs each has its own mbarriers. ``to`` says whose a role arrives at: its own CTA's,
+    the first CTA's (both CTAs' roles do, and count), the other CTA's, or both (and both count).
+    """
 
     name: str
     count: int
     signals: tuple[tuple[str, How], ...]
+    to: To = "own"
 
 
 @dataclass(frozen=True)
 class Topology:
-    """All barriers of a kernel."""
+    """All barriers of a kernel of ``ctas`` CTAs to a cluster, one or two. With two, the tensor core
+    works for both: its commits arrive in both CTAs."""
 
     roles: tuple[Role, ...]
     barriers: tuple[Barrier, ...]
+    ctas: int = 1
 
     def __post_init__(self) -> None:
         names = [barrier.name for barrier in self.barriers]
@@ -69,9 +78,11 @@ class Topology:
     def arrivals(self, name: str) -> int:
         """Arrivals that complete a phase of ``name``."""
         roles = {role.name: role for role in self.roles}
+        barrier = self.barrier(name)
+        ctas = self.ctas if barrier.to in ("first", "both") else 1
         return sum(
-            roles[role].group_warps if how == "warp" else 1
-            for role, how in self.barrier(name).signals
+            {"warp": roles[role].group_warps * ctas, "leader": ctas}.get(how, 1)
+            for role, how in barrier.signals
         )
 
     def barrier(self, name: str) -> Barrier:
@@ -189,7 +200,7 @@ class Barriers:
         self._check(name, "warp")
         cute.arch.sync_warp()
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.at(name, index))
+            self._arrive(name, index)
 
     def arrive_elected(self, name: str, index: Any = 0) -> None:
         """Arrive for this warp from one lane, after the caller has synchronised the warp."""
@@ -200,7 +211,18 @@ class Barriers:
         """Arrive for the whole group. One warp calls it."""
         self._check(name, "leader")
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive(self.at(name, index))
+            self._arrive(name, index)
+
+    def _arrive(self, name: str, index: Any) -> None:
+        """Arrive where the barrier's ``to`` says. One thread."""
+        to, bar = self.topology.barrier(name).to, self.at(name, index)
+        if self.topology.ctas == 1 or to == "own":
+            cute.arch.mbarrier_arrive(bar)
+            return
+        rank = cute.arch.block_idx_in_cluster()
+        targets = {"first": (Int32(0),), "other": (rank ^ 1,), "both": (rank, rank ^ 1)}[to]
+        for target in targets:
+            cute.arch.mbarrier_arrive(bar, target, scope=nvvm.MemScopeKind.CLUSTER)
 
     def arrive_tmem(self, name: str, index: Any = 0) -> None:
         """`arrive`, ordered after this warp's completed TMEM loads and stores."""
@@ -216,7 +238,10 @@ class Barriers:
         """Have the tensor core arrive when all MMAs issued so far are complete."""
         self._check(name, "commit")
         with cute.arch.elect_one():
-            tcgen05.commit(self.at(name, index))
+            if self.topology.ctas == 1:
+                tcgen05.commit(self.at(name, index))
+            else:
+                tcgen05.commit(self.at(name, index), 0b11, tcgen05.CtaGroup.TWO)
 
     def expect(self, name: str, size: int, index: Any = 0) -> Any:
         """Arrive and announce ``size`` bytes; returns the mbarrier for the copies."""

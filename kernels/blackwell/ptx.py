@@ -221,12 +221,15 @@ def store_shared_word(address: Int32, value: Any, *, loc=None, ip=None) -> None:
 
 
 @dsl_user_op
-def load_shared(address: Int32, kind: Any = Int32, *, loc=None, ip=None) -> list[Any]:
-    """ld.shared.v4.b32: 16 bytes, aligned, as four numbers of ``kind`` (Int32 or Float32)."""
+def load_shared(
+    address: Int32, kind: Any = Int32, offset: int = 0, *, loc=None, ip=None
+) -> list[Any]:
+    """ld.shared.v4.b32: 16 bytes, aligned, ``offset`` bytes from the address, as four numbers of
+    ``kind`` (Int32 or Float32)."""
     register = T.f32() if kind is Float32 else T.i32()
     letter = "=f" if kind is Float32 else "=r"
     result = _asm(
-        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];",
+        f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
         [register] * 4, [Int32(address).ir_value(loc=loc, ip=ip)], ",".join([letter] * 4 + ["r"]),
         effects=True, loc=loc, ip=ip,
     )  # fmt: skip
@@ -327,11 +330,10 @@ def _mma(
     if first_enable == "p":
         lines.append(f"setp.ne.b32 p, {'$6' if a_shared else '$5'}, 0;")
     for index, (step_a, step_b) in enumerate(steps):
-        lines += [f"add.s32 la, $4, {step_a};", f"add.s32 lb, $2, {step_b};"]
-        lines.append("mov.b64 db, {lb, $3};")
+        lines += [f"add.s32 lb, $2, {step_b};", "mov.b64 db, {lb, $3};"]
         if a_shared:
-            lines.append("mov.b64 da, {la, $5};")
-        a = "da" if a_shared else "[la]"
+            lines += [f"add.s32 la, $4, {step_a};", "mov.b64 da, {la, $5};"]
+        a = "da" if a_shared else f"[$4 + {step_a}]"
         enable = "1" if index else first_enable
         lines.append(f"@e tcgen05.mma.{form}.kind::f16 [$0], {a}, db, $1, {enable};")
     return "{\n\t" + "\n\t".join(lines) + "\n\t}"
@@ -395,6 +397,33 @@ def load_global(address: Int64, live: Any, *, loc=None, ip=None) -> list[Int32]:
         "=&r,=&r,=&r,=&r,l,r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
     return [Int32(llvm.extractvalue(T.i32(), result, [i], loc=loc, ip=ip)) for i in range(4)]
+
+
+@dsl_user_op
+def map_shared(address: Int32, rank: Any, *, loc=None, ip=None) -> Int32:
+    """mapa: a shared address of this CTA in CTA ``rank`` of the cluster."""
+    result = _asm(
+        "mapa.shared::cluster.u32 $0, $1, $2;",
+        [T.i32()], [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, rank)], "=r,r,r",
+        effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+@dsl_user_op
+def store_cluster(
+    address: Int32, values: list[Any], offset: int = 0, *, loc=None, ip=None
+) -> None:
+    """st.shared::cluster of one or four 32-bit ``values``, aligned to their size, ``offset`` bytes
+    from the address."""
+    count = len(values)
+    vector = f".v{count}" if count > 1 else ""
+    values = [Int32(value) for value in values]
+    _asm(
+        f"st.shared::cluster{vector}.b32 [$0 + {offset}], {_names(1, count)};",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
+        ",".join(["r"] * (count + 1)), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
 
 
 @dsl_user_op

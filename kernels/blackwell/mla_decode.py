@@ -4,38 +4,45 @@ Mathematics: that of `prefill`, with K a latent row of D columns and V its first
 sequence is (position, head) = (r / Hq, r % Hq), its softmax in base 2 (`softmax`).
 
 Shapes: q [B, Sq, Hq, D], latent cache [PAGES, PAGE, 1, D], block table [B, MAX_PAGES], lengths [B],
-out [B, Sq, Hq, Dv], lse [B, Hq, Sq]; (D, Dv) is (576, 512) or (512, 512). A work tile is 64 rows of
-one sequence, a KV tile 64 latent rows. Each latent tile is fetched once: its columns are K-major
-for Q Kᵀ, and the same bytes MN-major for P V.
+out [B, Sq, Hq, Dv], lse [B, Hq, Sq]; (D, Dv) is (576, 512) or (512, 512). A CTA has 64 rows of one
+sequence and fetches tiles of 64 latent rows. Beyond 64 rows a pair of CTAs shares them: each keeps
+64 rows and fetches 64 of the 128 keys of a KV tile.
 
-M = 64 on all 128 lanes of TMEM: `tcgen05.mma.ws` puts the upper half of N into lanes 64–127. S
-folds the keys so, O the value columns. A in TMEM is read by each half of the lanes for itself, so
-Q is there twice; the columns that find no place stay in shared memory.
+Each latent row is fetched once: its columns are K-major for Q Kᵀ, and the same bytes MN-major for
+P V. In a pair half of them change places in between (`mla_decode_swap` says why).
+
+M = 64 a CTA on all 128 lanes of TMEM: `tcgen05.mma.ws` of one CTA puts the upper half of N into
+lanes 64–127, the MMA of a pair the half of N that comes from the second CTA. S folds the keys so,
+O the value columns. A in TMEM is read by each half of the lanes for itself, so Q is there twice;
+the columns that find no place stay in shared memory.
 
 Warps
 
-    0–3   softmax   Q → TMEM; S → P, half a row per thread; decides what is skipped; rescales O
-    4–7   epilogue  O / l → chunks, LSE
-    8     mma       S = Q Kᵀ, O += P V; owns TMEM
-    9     load      latent tiles by TMA, through the block table
-    10    store     chunks of O → global memory by TMA
-    11    idle
+    0–3    softmax   Q → TMEM; S → P, half a row per thread; decides what is skipped; rescales O
+    4–7    epilogue  O / l → chunks, LSE
+    8      mma       S = Q Kᵀ, O += P V; owns TMEM; in a pair the first CTA's works for both
+    9      load      latent tiles by TMA, through the block table
+    10     store     chunks of O → global memory by TMA
+    11     idle
+    12–13  swap      in a pair: a stage of V to the other CTA (14, 15 idle)
 
 TMEM, in 32-bit columns, at 576/512 (`MlaPlan.tmem`)
 
     0                                256   288                              512
-    | O: 512 columns in two halves   | S   | Q: columns 0–447               |
+    | O: 512 columns in two halves   | S   | Q: columns 0–447               |    one CTA
+    | O: 512 columns in two halves   | S       | Q: columns 0–383           |    pair
+    0                                256       320                          512
 
 Shared memory: five halves of a latent tile (64 rows × 256 columns, 32 KiB each), two rope tiles,
-two P, 128 columns of Q, two chunks of the output.
+16 KiB of P, the rest of Q, chunks of the output.
 
 Pipelines: `mla_decode_plan.topology`.
 
-Timeline of KV tile n in steady state (time goes down)
+Timeline of KV tile n in steady state (time goes down; the swap in a pair only)
 
-    load             mma               softmax
-    half 0 (n + 2)   QK (n + 1)        max (n), exchange, vote
-                     P V (n)   <────── exp (n), P (n)
+    load             mma               softmax                   swap
+    half 0 (n + 2)   QK (n + 1)        max (n), exchange, vote   stage (n) out, in
+                     P V (n)   <────── exp (n), P (n)    <──────
     half 1 (n + 2)   QK (n + 2)        max (n + 1) …
 
 S (n + 1) is made while the softmax works on S (n), which it has taken to registers by then. The
@@ -259,8 +266,6 @@ class MlaDecode:
             sMax=storage.sMax.get_tensor(cute.make_layout((2 * ROWS, 2))),
             sTotal=storage.sTotal.get_tensor(cute.make_layout(2 * ROWS)),
             sRowMax=storage.sRowMax.get_tensor(cute.make_layout(ROWS)),
-            sKeep=storage.sKeep.get_tensor(
-                cute.make_layout((2, plan.ctas), stride=(plan.ctas, 1))
-            ),
+            sKeep=storage.sKeep.get_tensor(cute.make_layout((2, plan.ctas), stride=(plan.ctas, 1))),
             sKept=storage.sKept.get_tensor(cute.make_layout(1)),
         )

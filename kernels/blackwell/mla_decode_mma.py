@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES, Shared, Work
-from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, UNIT, UNIT_BYTES, MlaPlan
+from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.mma import Operand, instruction_descriptor, multiply
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 
@@ -26,8 +26,8 @@ class Products(Fixed):
     """S = Q Kᵀ by units of 64 columns, and O += P V.
 
     Both MMAs have 64 rows a CTA on all 128 lanes. Of one CTA (`.ws`) the upper half of N lies in
-    lanes 64–127; of a pair the half of N whose B is the second CTA's. So S has the keys folded, O the
-    value columns, and the descriptors are the same for both.
+    lanes 64–127; of a pair the half of N whose B is the second CTA's. So S has the keys folded, O
+    the value columns, and the descriptors are the same for both.
     """
 
     def __init__(self, plan: MlaPlan, shared: Shared, tmem: Any) -> None:
@@ -63,9 +63,7 @@ class Products(Fixed):
         last = self.plan.units - 1
         self.multiply_units(range(last, last + 1), self.rope, self.rope.tile(stage), False)
 
-    def multiply_units(
-        self, units: range, b: Operand, b_tile: Int32, accumulate: bool
-    ) -> None:
+    def multiply_units(self, units: range, b: Operand, b_tile: Int32, accumulate: bool) -> None:
         """S (+)= Q Kᵀ over ``units`` of Q, which lie in TMEM and then in shared memory, and as many
         of B, from ``b_tile`` on."""
         border = min(max(self.plan.q_tmem_units, units.start), units.stop)
@@ -81,7 +79,9 @@ class Products(Fixed):
                 self.qk, accumulate or bool(in_tmem), q_tile,
             )  # fmt: skip
 
-    def output(self, quarters: int, keys: int, stage: Int32, p_stage: Int32, accumulate: Any) -> None:
+    def output(
+        self, quarters: int, keys: int, stage: Int32, p_stage: Int32, accumulate: Any
+    ) -> None:
         """128 columns of O (from 128 ``quarters`` on) (+)= P V over the keys of one unit of P."""
         tO = self.tO + quarters * self.plan.head_dim_v // 4
         p_tile = (p_stage * self.plan.p_units + keys) * self.p.stage
@@ -151,9 +151,7 @@ def mma(plan: MlaPlan, work: Work, shared: Shared, tmem: cute.Pointer, barriers:
                     barriers.commit("pv_done", p.index)
                     p = p.next()
                     fresh = Boolean(False)
-                if cutlass.const_expr(plan.pair):
-                    barriers.commit("k_empty", v.index)
-                elif not keep:
+                if cutlass.const_expr(plan.pair) or not keep:
                     barriers.commit("k_empty", v.index)
                 barriers.commit("k_empty", following.index)
                 v = following.next()

@@ -222,7 +222,7 @@ def make_plan(
 
 
 def topology(plan: MlaPlan) -> Topology:
-    """The barriers of `cute_fmha.kernels.blackwell.mla_decode`; of a pair, mma runs on the first CTA.
+    """The barriers of `mla_decode`; in a pair mma runs on the first CTA.
 
     load ── k_full, rope_full ──> mma ── s_full ──────────> softmax ── stats_full ──> epilogue
          <─ k_empty, rope_empty ─     <─ s_empty, p_ready ─         <─ stats_empty ──

@@ -8,9 +8,9 @@ keys, for P V different columns of the same keys. With keys T0, T1 and columns C
     stage 0   T0 × C0    T1 × C0        T0 × C0    T0 × C1
     stage 1   T0 × C1    T1 × C1        T1 × C0    T1 × C1
 
-So no byte can serve both without moving, but half of them can stay: after Q Kᵀ, stage 1 of CTA 0 and
-stage 0 of CTA 1 change places, through registers and distributed shared memory. Each latent row is
-fetched once, and a skipped tile is not swapped.
+So no byte can serve both without moving, but half of them can stay: after Q Kᵀ, stage 1 of CTA 0
+and stage 0 of CTA 1 change places, through registers and distributed shared memory. Each latent row
+is fetched once, and a skipped tile is not swapped.
 """
 
 from __future__ import annotations

@@ -33,8 +33,9 @@ class Barrier:
     """``count`` mbarriers that announce the state ``name``, each signalled as ``signals`` says:
     (role, how) pairs.
 
-    In a pair of CTAs each has its own mbarriers. ``to`` says whose a role arrives at: its own CTA's,
-    the first CTA's (both CTAs' roles do, and count), the other CTA's, or both (and both count).
+    In a pair of CTAs each has its own mbarriers. ``to`` says whose a role arrives at: its own
+    CTA's, the first CTA's (both CTAs' roles do, and count), the other CTA's, or both (and both
+    count).
     """
 
     name: str

@@ -411,9 +411,7 @@ def map_shared(address: Int32, rank: Any, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def store_cluster(
-    address: Int32, values: list[Any], offset: int = 0, *, loc=None, ip=None
-) -> None:
+def store_cluster(address: Int32, values: list[Any], offset: int = 0, *, loc=None, ip=None) -> None:
     """st.shared::cluster of one or four 32-bit ``values``, aligned to their size, ``offset`` bytes
     from the address."""
     count = len(values)

@@ -33,10 +33,9 @@ from cute_fmha.kernels.blackwell.softmax import (
     EMPTY,
     capped,
     exponentials,
-    keeps_tile,
-    log2_threshold,
     new_maximum,
     packed,
+    raw_threshold,
     row_maximum,
     row_sum,
     scaled,
@@ -122,13 +121,13 @@ def softmax(
 
 @cute.jit
 def threshold(plan: MlaPlan, mem: Global, scalars: Scalars, tile: WorkTile):
-    """log2 λ of a sequence."""
+    """log2 λ of a sequence, in units of raw scores."""
     skip = scalars.skip
     if cutlass.const_expr(plan.features.skip_tensor):
         skip = mem.mSkip[0]
     if cutlass.const_expr(plan.features.skip_relative):
         skip = skip / Float32(tile.seqlen_k)
-    return log2_threshold(skip)
+    return raw_threshold(skip, scalars.scale_log2)
 
 
 def fetch_query(group: Group, gQ: cute.Tensor, exists: Boolean) -> None:
@@ -199,7 +198,7 @@ def step(
     shared.sMax[thread, turn] = own
     keep = Boolean(True)
     if cutlass.const_expr(plan.features.skip):
-        vote = keeps_tile(own, state.running, scalars.scale_log2, scalars.skip)
+        vote = own >= state.running + scalars.skip
         vote = ptx.barrier_any(Int32(VOTE), 128, vote)
         keep = decide(group, vote, progress)
     else:

@@ -110,26 +110,7 @@ class MlaDecode:
         """Launch on mQ [B, Sq, Hq, D], mKV [PAGES, PAGE, 1, D] and mO [B, Sq, Hq, Dv], whose
         positions and heads follow each other evenly, with at most ``ctas`` CTAs."""
         plan = self.plan
-        # (PAGE_ROW, UNIT_COLUMN, UNIT, PAGE, END)
-        pages, page_rows = mKV.shape[0], mKV.shape[1]
-        mKV = cute.make_tensor(
-            mKV.iterator,
-            cute.make_layout(
-                (page_rows, UNIT, plan.units, pages),
-                stride=(mKV.stride[1], 1, UNIT, mKV.stride[0]),
-            ),
-        )
-        mKV = ragged(mKV, 0)
-        group = tcgen05.CtaGroup.TWO if plan.pair else tcgen05.CtaGroup.ONE
-        load = cpasync.CopyBulkTensorTileG2SOp(group)
-        tma_latent, gKV = cpasync.make_tiled_tma_atom(
-            load, mKV, swizzled(3, (plan.box_rows, UNIT, plan.box_units), (UNIT, 1, KEYS * UNIT)),
-            (plan.box_rows, UNIT, plan.box_units),
-        )  # fmt: skip
-        tma_rope, _ = cpasync.make_tiled_tma_atom(
-            load, mKV, swizzled(3, (plan.box_rows, UNIT, 1), (UNIT, 1, KEYS * UNIT)),
-            (plan.box_rows, UNIT, 1),
-        )  # fmt: skip
+        tma_latent, tma_rope, gKV = self.maps(mKV)
         # TMEM column x of half h of the lanes is value column 256 (x / 128) + 128 h + x % 128, in
         # a pair 256 h + x.
         rows, half = mO.shape[1] * mO.shape[2], plan.head_dim_v // (2 if plan.pair else 4)
@@ -157,6 +138,32 @@ class MlaDecode:
             grid=(clusters * plan.ctas, 1, 1), block=(plan.threads, 1, 1),
             cluster=(plan.ctas, 1, 1), min_blocks_per_mp=1,
         )  # fmt: skip
+
+    def maps(self, mKV: cute.Tensor) -> tuple[cute.CopyAtom, cute.CopyAtom, cute.Tensor]:
+        """How latent and rope columns are loaded, and the cache as the TMA sees it."""
+        plan = self.plan
+        load = cpasync.CopyBulkTensorTileG2SOp(
+            tcgen05.CtaGroup.TWO if plan.pair else tcgen05.CtaGroup.ONE
+        )
+        pages, page_rows, _, width = mKV.shape
+        stride, page_stride = mKV.stride[1], mKV.stride[0]
+        if plan.gather:
+            # (PAGE, D)
+            rows = cute.make_layout((pages, width), stride=(page_stride, 1))
+            mKV, boxes = cute.make_tensor(mKV.iterator, rows), ((1, UNIT),) * 2
+        else:
+            # (PAGE_ROW, UNIT_COLUMN, UNIT, PAGE, END)
+            units = cute.make_layout(
+                (page_rows, UNIT, plan.units, pages), stride=(stride, 1, UNIT, page_stride)
+            )
+            mKV = ragged(cute.make_tensor(mKV.iterator, units), 0)
+            boxes = ((plan.box_rows, UNIT, plan.box_units), (plan.box_rows, UNIT, 1))
+        atoms = []
+        for box in boxes:
+            strides = (UNIT, 1, KEYS * UNIT)[: len(box)]
+            atom, gKV = cpasync.make_tiled_tma_atom(load, mKV, swizzled(3, box, strides), box)
+            atoms.append(atom)
+        return *atoms, gKV
 
     @cute.kernel
     def kernel(self, mem: Global, scalars: Scalars):
@@ -228,6 +235,7 @@ class MlaDecode:
             "sP": aligned(self.dtype, plan.p_stages * plan.p_units * ROWS * UNIT),
             "sQ": aligned(self.dtype, plan.q_shared_units * ROWS * UNIT),
             "sO": aligned(self.out_dtype, plan.o_stages * 2 * ROWS * plan.chunk),
+            "sTokens": cute.struct.Align[cute.struct.MemRange[Int32, KEYS * plan.gather], 16],
             "sMax": cute.struct.MemRange[Float32, 4 * ROWS],
             "sTotal": cute.struct.MemRange[Float32, 2 * ROWS],
             "sRowMax": cute.struct.MemRange[Float32, ROWS],
@@ -259,9 +267,10 @@ class MlaDecode:
         )
         return Shared(
             sLatent=units(storage.sLatent, plan.half_units, plan.stages),
-            sRope=units(storage.sRope, plan.rope_stages) if plan.rope else None,
+            sRope=units(storage.sRope, 1, plan.rope_stages) if plan.rope else None,
             sP=units(storage.sP, plan.p_units, plan.p_stages),
             sQ=units(storage.sQ, plan.q_shared_units),
+            sTokens=storage.sTokens.get_tensor(cute.make_layout(KEYS)) if plan.gather else None,
             sO=storage.sO.get_tensor(chunks, swizzle=narrow),
             sMax=storage.sMax.get_tensor(cute.make_layout((2 * ROWS, 2))),
             sTotal=storage.sTotal.get_tensor(cute.make_layout(2 * ROWS)),

@@ -9,42 +9,44 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
+from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, WorkTile
 from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.ragged import cut
 
+ABSENT = -1
+"""A page that no cache has: its row arrives as zeros."""
+
 
 @cute.jit
 def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
-    """Reads: the latent cache and the block table. Writes: sLatent, sRope by TMA.
+    """Reads: the latent cache and the block table. Writes: sLatent, sRope by TMA, sTokens.
     Waits: k_empty, rope_empty. Signals: k_full, rope_full. Registers: 120.
 
-    The rows of a box past the sequence's length are outside of the tensor map (`ragged`) and
+    Rows past the sequence's length are outside of the tensor map (`ragged`), as is page −1, and
     arrive as zeros, whatever memory holds there."""
+    kind = Gathers if plan.gather else Boxes
     k, rope = Cursor(plan.stages), Cursor(plan.rope_stages)
     first_work, works, step = work.indices()
     for index in cutlass.range(first_work, works, step, unroll=1):
         tile = work.tile(index)
         keys = work.keys(tile)
-        pages = lookup(work, tile, keys.begin, keys.end)
+        found = lookup(work, tile, keys.begin)
         for n in cutlass.range(keys.begin, keys.end, unroll=1):
-            boxes = [place(work, tile, n, box, pages) for box in range(plan.boxes)]
+            boxes = kind(work, shared, tile, n, found)
             # The block table is read a tile ahead of its use.
-            pages = lookup(work, tile, n + 1, keys.end)
+            found = lookup(work, tile, n + 1)
             if cutlass.const_expr(plan.rope):
                 barriers.wait("rope_empty", rope.empty_phase, rope.index)
                 bar = announce(work, barriers, "rope_full", UNIT_BYTES, rope.index)
-                for box in cutlass.range_constexpr(plan.boxes):
-                    fetch(
-                        mem.tma_rope, boxes[box], plan, 1, plan.units - 1,
-                        shared.sRope[None, None, rope.index], box, bar,
-                    )  # fmt: skip
+                boxes.fetch(2 * plan.half_units, shared.sRope[None, None, None, rope.index], bar)
                 rope = rope.next()
             for half in cutlass.range_constexpr(2):
                 barriers.wait("k_empty", k.empty_phase, k.index)
                 bar = announce(work, barriers, "k_full", plan.half_bytes, k.index)
-                fetch_half(plan, mem, shared, boxes, half, k.index, bar)
+                target = shared.sLatent[None, None, None, k.index]
+                boxes.fetch(half * plan.half_units, target, bar)
                 k = k.next()
     # The last releases come from the tensor core: stay until they are in.
     for _stage in cutlass.range_constexpr(plan.stages):
@@ -66,55 +68,83 @@ def announce(work: Work, barriers: Barriers, name: cutlass.Constexpr, size: int,
 
 
 @cute.jit
-def lookup(work: Work, tile: WorkTile, n: Int32, end: Int32):
-    """The page of every box of tile ``n``; page 0 for boxes without a row, of which nothing is
-    fetched: entries of the table past the length are not looked at."""
+def lookup(work: Work, tile: WorkTile, n: Int32):
+    """What a lane looks up in the block table for tile ``n``: (page, first row there) of box
+    ``lane``; where rows are gathered, those of keys ``lane`` and ``lane`` + 32.
+
+    Of boxes past the sequence nothing is fetched, and their entries are not read."""
     plan, mem = work.plan, work.mem
-    pages = []
-    for box in cutlass.range_constexpr(plan.boxes):
-        page = Int32(0)
-        token = work.first_key(n) + box * plan.box_rows
-        if (n < end) & (token < tile.seqlen_k):
-            page = mem.mTable[tile.batch, token // plan.page_size]
-        pages.append(page)
-    return pages
+    lane, first = cute.arch.lane_idx(), work.first_key(n)
+    if cutlass.const_expr(plan.gather):
+        found = [Int32(ABSENT), Int32(ABSENT)]
+        for half in cutlass.range_constexpr(2):
+            key = first + half * 32 + lane
+            if key < tile.seqlen_k:
+                found[half] = mem.mTable[tile.batch, key]
+    else:
+        page_rows = plan.page_size or mem.mKV.shape[0]
+        key = first + cutlass.min(lane, plan.boxes - 1) * plan.box_rows
+        number = key // page_rows
+        found = [Int32(0), key - number * page_rows]
+        if key < tile.seqlen_k:
+            found[0] = mem.mTable[tile.batch, number]
+    return found
 
 
-def place(work: Work, tile: WorkTile, n: Int32, box: int, pages: list[Int32]) -> cute.Tensor:
-    """The page of a box from its first row on, cut where the sequence ends:
-    (PAGE_ROW, UNIT_COLUMN, UNIT)."""
-    plan, mem = work.plan, work.mem
-    token = work.first_key(n) + box * plan.box_rows
-    rows = cutlass.max(cutlass.min(tile.seqlen_k - token, plan.box_rows), 0)
-    page = mem.mKV[None, None, None, pages[box], None]
-    return cut(page, 0, token % plan.page_size, rows)
+class Boxes:
+    """The boxes of a tile, cut where the sequence ends, from what `lookup` gave the lanes."""
+
+    def __init__(self, work: Work, shared: Shared, tile: WorkTile, n: Int32, found: Any) -> None:
+        self.plan, self.mem = work.plan, work.mem
+        page, first_row = found
+        # (PAGE_ROW, UNIT_COLUMN, UNIT) each, from the box's first row on
+        self.sources = []
+        for box in range(self.plan.boxes):
+            left = tile.seqlen_k - work.first_key(n) - box * self.plan.box_rows
+            rows = cutlass.max(cutlass.min(left, self.plan.box_rows), 0)
+            source = self.mem.mKV[None, None, None, cute.arch.shuffle_sync(page, box), None]
+            self.sources.append(cut(source, 0, cute.arch.shuffle_sync(first_row, box), rows))
+
+    def fetch(self, first: int, target: cute.Tensor, barrier: Any) -> None:
+        """Units from ``first`` on to ``target`` (ROW, UNIT_COLUMN, UNIT)."""
+        units = cute.size(target, mode=[2])
+        tma = self.mem.tma_rope if units == 1 else self.mem.tma_latent
+        step = 1 if units == 1 else self.plan.box_units
+        shape = (self.plan.box_rows, UNIT, step)
+        for box, source in enumerate(self.sources):
+            for unit in range(0, units, step):
+                # (ROW, UNIT_COLUMN, UNIT)
+                gBox = cute.domain_offset((0, 0, first + unit), source)
+                gBox = cute.local_tile(gBox, shape, (0, 0, 0))
+                sBox = cute.local_tile(target, shape, (box, 0, unit // step))
+                tBsB, tBgB = cpasync.tma_partition(
+                    tma, 0, cute.make_layout(1),
+                    cute.group_modes(sBox, 0, 3), cute.group_modes(gBox, 0, 3),
+                )  # fmt: skip
+                cute.copy(tma, tBgB, tBsB, tma_bar_ptr=barrier)
 
 
-def fetch_half(
-    plan: MlaPlan, mem: Global, shared: Shared, boxes: list[cute.Tensor], half: int, stage: Int32,
-    bar: Any,
-) -> None:  # fmt: skip
-    """256 columns of a tile into a stage of sLatent."""
-    for box in range(plan.boxes):
-        for unit in range(0, plan.half_units, plan.box_units):
-            first = half * plan.half_units + unit
-            # (ROW, UNIT_COLUMN, UNIT)
-            target = cute.domain_offset((0, 0, unit), shared.sLatent[None, None, None, stage])
-            fetch(mem.tma_latent, boxes[box], plan, plan.box_units, first, target, box, bar)
+class Gathers:
+    """The rows of a tile, four at a time, from what `lookup` gave the lanes."""
 
+    def __init__(self, work: Work, shared: Shared, tile: WorkTile, n: Int32, found: Any) -> None:
+        self.plan = work.plan
+        self.tensor_map = ptx.tensor_map(work.mem.tma_latent)
+        self.tokens = shared.sTokens.iterator.toint()
+        cute.arch.sync_warp()
+        for half in range(2):
+            shared.sTokens[half * 32 + cute.arch.lane_idx()] = found[half]
+        cute.arch.sync_warp()
 
-def fetch(
-    tma: cute.CopyAtom, source: cute.Tensor, plan: MlaPlan, units: int, first_unit: int,
-    target: cute.Tensor, box: int, bar: Any,
-) -> None:  # fmt: skip
-    """One box: ``units`` units from ``first_unit`` on, to its rows of ``target``."""
-    shape = (plan.box_rows, UNIT, units)
-    # (ROW, UNIT_COLUMN, UNIT)
-    gBox = cute.local_tile(cute.domain_offset((0, 0, first_unit), source), shape, (0, 0, 0))
-    if cute.rank(target) == 2:
-        target = cute.append_ones(target, up_to_rank=3)
-    sBox = cute.local_tile(target, shape, (box, 0, 0))
-    tBsB, tBgB = cpasync.tma_partition(
-        tma, 0, cute.make_layout(1), cute.group_modes(sBox, 0, 3), cute.group_modes(gBox, 0, 3)
-    )
-    cute.copy(tma, tBgB, tBsB, tma_bar_ptr=bar)
+    @cute.jit
+    def fetch(self, first: int, target: cute.Tensor, barrier: Any):
+        """Units from ``first`` on to ``target`` (ROW, UNIT_COLUMN, UNIT)."""
+        rows = self.plan.box_rows
+        for four in cutlass.range(self.plan.boxes, unroll=1):
+            pages = ptx.load_shared(self.tokens + four * rows * 4)
+            for unit in cutlass.range_constexpr(cute.size(target, mode=[2])):
+                place = target.iterator.toint() + unit * UNIT_BYTES + four * rows * 128
+                ptx.gather_rows(
+                    place, self.tensor_map, (first + unit) * UNIT, pages, barrier.toint(),
+                    self.plan.pair,
+                )  # fmt: skip

@@ -31,7 +31,7 @@ class Global(NamedTuple):
     mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD, D)
     tma_latent: cute.CopyAtom
     tma_rope: cute.CopyAtom
-    mKV: cute.Tensor  # (PAGE_ROW, UNIT_COLUMN, UNIT, PAGE, END), see `ragged`
+    mKV: cute.Tensor  # (PAGE_ROW, UNIT_COLUMN, UNIT, PAGE, END), see `ragged`; gathered (PAGE, D)
     mTable: cute.Tensor  # (BATCH, MAX_PAGES)
     mLens: cute.Tensor  # (BATCH,)
     tma_o: cute.CopyAtom
@@ -46,9 +46,10 @@ class Shared(NamedTuple):
     """Shared memory of a CTA. A unit is 64 rows of 128 bytes, swizzled."""
 
     sLatent: Any  # (ROW, UNIT_COLUMN, UNIT, STAGE)
-    sRope: Any  # (ROW, UNIT_COLUMN, STAGE)
+    sRope: Any  # (ROW, UNIT_COLUMN, 1, STAGE)
     sP: Any  # (ROW, KEY, UNIT, STAGE)
     sQ: Any  # (ROW, UNIT_COLUMN, UNIT): what has no place in TMEM
+    sTokens: Any  # (KEY,): pages of the tile that is gathered next
     sO: Any  # ((ROW, CHUNK_COLUMN), HALF, STAGE)
     sMax: Any  # (LANE, 2): maximum of a row's half of a tile, by turns
     sTotal: Any  # (LANE,): at the end Σ P of half a row

@@ -34,7 +34,7 @@ class MlaPlan:
 
     A work tile is up to 64 rows of one sequence on one CTA, or up to 128 on a ``pair``. The latent
     arrives in halves of 256 columns, which are a stage each, and rope columns in a ring of their
-    own.
+    own. ``page_size`` 0: known when the kernel runs, and no tile reaches into two pages.
     """
 
     head_dim: int
@@ -138,9 +138,14 @@ class MlaPlan:
     # ------------------------------------------------------------------ pages and TMA boxes
 
     @property
+    def gather(self) -> bool:
+        """Pages of one row are gathered, four with a TMA instruction."""
+        return self.page_size == 1
+
+    @property
     def box_rows(self) -> int:
-        """Latent rows of a TMA box: pages shorter than a tile are fetched one by one."""
-        return min(self.page_size, KEYS)
+        """Latent rows of a TMA instruction: pages shorter than a tile are fetched one by one."""
+        return 4 if self.gather else min(self.page_size or KEYS, KEYS)
 
     @property
     def boxes(self) -> int:
@@ -215,6 +220,7 @@ def make_plan(
 ) -> MlaPlan:  # fmt: skip
     """The plan for sequences of ``rows`` rows: a pair of CTAs where there are more than 64."""
     pair = rows > ROWS
+    page_size = page_size if page_size in (1, 16, 32, 64, 128) else 0
     return MlaPlan(
         head_dim, 512, dtype, out_dtype, features, page_size, pair,
         p_stages=1 if pair else 2, o_stages=1 if pair else 2,
@@ -294,8 +300,11 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         return f"the MLA decode kernel takes bfloat16 and float16; got {problem.dtype}"
     if dims not in MLA_HEAD_DIMS:
         return f"the MLA decode kernel has (D, Dv) in {MLA_HEAD_DIMS}; got {dims}"
-    if page not in (16, 32) and (page == 0 or page % KEYS):
-        return f"the MLA decode kernel takes pages of 16, 32 or a multiple of 64 rows; got {page}"
+    if page not in (1, 16, 32, problem.seqlen_k) and (page == 0 or page % KEYS):
+        return (
+            "the MLA decode kernel takes pages of 1, 16, 32 or a multiple of 64 rows, or one page "
+            f"a sequence; got {page}"
+        )
     if problem.seqlen_q == 0 or problem.batch == 0:
         return "the MLA decode kernel needs at least one sequence and query"
     if problem.num_splits > 1:

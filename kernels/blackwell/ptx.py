@@ -183,16 +183,20 @@ def tensor_map(atom: cute.CopyAtom, *, loc=None, ip=None) -> Int64:
 @dsl_user_op
 def gather_rows(
     target: Int32, tensor_map: Int64, column: Any, rows: list[Int32], barrier: Int32,
-    *, loc=None, ip=None,
+    pair: bool = False, *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """cp.async.bulk.tensor.tile::gather4 by the elected lane: the columns of a box from ``column``
     on of four rows of a map (COLUMN, ROW), whose box has one row. Rows that do not exist arrive as
-    zeros."""
+    zeros. In a ``pair`` of CTAs the bytes count at the first one's barrier."""
+    space, group = "shared::cta", ""
+    if pair:
+        # Bit 24 of a shared address tells the CTAs of a pair apart.
+        space, group, barrier = "shared::cluster", ".cta_group::2", barrier & 0xFEFFFFF8
     values = (Int32(target), Int64(tensor_map), *map(Int32, (column, *rows, barrier)))
     _asm(
         "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
-        "@e cp.async.bulk.tensor.2d.shared::cta.global.tile::gather4"
-        ".mbarrier::complete_tx::bytes [$0], [$1, {$2, $3, $4, $5, $6}], [$7];\n\t}",
+        f"@e cp.async.bulk.tensor.2d.{space}.global.tile::gather4.mbarrier::complete_tx::bytes"
+        f"{group} [$0], [$1, {{$2, $3, $4, $5, $6}}], [$7];\n\t}}",
         [], [value.ir_value(loc=loc, ip=ip) for value in values], "r,l,r,r,r,r,r,r",
         effects=True, loc=loc, ip=ip,
     )  # fmt: skip

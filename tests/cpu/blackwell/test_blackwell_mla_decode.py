@@ -68,6 +68,13 @@ def test_new_tokens_in_small_pages(policy, heads):
     harness.verify(kernel_of(case), case, policy, ctas=2)
 
 
+@pytest.mark.parametrize(("heads", "page_size"), [(64, 1), (128, 1), (20, 1001)])
+def test_gathered_rows_and_one_page_a_sequence(heads, page_size):
+    case = harness.case_of(heads, 1, [1, 300], page_size=page_size)
+    for policy in harness.POLICIES[1:3]:
+        harness.verify(kernel_of(case), case, policy)
+
+
 @policies
 @pytest.mark.parametrize("heads", [64, 128])
 def test_skip(policy, heads):
@@ -79,7 +86,7 @@ def test_skip(policy, heads):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("page_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("page_size", [1, 16, 32, 64, 128, 256])
 @pytest.mark.parametrize("heads", [17, 64, 65, 128])
 @pytest.mark.parametrize("seqlen_q", [1, 2, 4])
 def test_pages(page_size, heads, seqlen_q):
@@ -186,6 +193,7 @@ def test_what_can_be_implemented():
     b200 = Target("cuda", 100, 148)
     assert can_implement(plain, b200) is None
     assert can_implement(replace(plain, head_dim=512, page_size=16, sink=True), b200) is None
+    assert can_implement(replace(plain, page_size=500, seqlen_k=500), b200) is None
     refused: dict[str, dict[str, Any]] = {
         "got attention|no attention": {"op": "attention"},
         "torch.float32": {"dtype": torch.float32},

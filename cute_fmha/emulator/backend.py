@@ -141,17 +141,19 @@ def capture(
         for i, value in enumerate(call.parameters)
         if isinstance(value, torch.Tensor)
     ]
-    given = [
-        _device_argument(value) if isinstance(value, torch.Tensor) else value
-        for value in arguments(call)
-    ]
+    given = [_device_argument(value) for value in arguments(call)]
     return cap.collect(binary, lambda function: function(*given), memory, device)
 
 
-def _device_argument(tensor: torch.Tensor) -> object:
+def _device_argument(value: Any) -> Any:
+    """``value`` with every CPU tensor in it as a device tensor."""
     import tvm_ffi
 
-    return tvm_ffi.from_dlpack(DeviceTensor(tensor))
+    if isinstance(value, tuple):
+        return tuple(map(_device_argument, value))
+    if isinstance(value, torch.Tensor):
+        return tvm_ffi.from_dlpack(DeviceTensor(value))
+    return value
 
 
 def run(call: Call) -> None:

@@ -34,7 +34,7 @@ class Host(Protocol):
     def plan_of(self, problem: Problem) -> Any: ...
     def skip_tiles(self, plan: Any) -> dict[str, Any]: ...
     def compile_arguments(self, plan: Any) -> tuple[Any, tuple[Any, ...]]: ...
-    def call_arguments(self, problem: Problem, sms: int) -> Callable[[Call], tuple[Any, ...]]: ...
+    def call_arguments(self, problem: Problem) -> Callable[[Call], tuple[Any, ...]]: ...
 
 
 KERNELS: tuple[Host, ...] = (prefill_host,)
@@ -95,7 +95,7 @@ def prepare(problem: Problem, target: Target) -> Prepared:
     host = choose(problem, target)
     plan = host.plan_of(problem)
     binary = binary_of(host, plan, ARCHITECTURES[target.arch], problem.epilogue)
-    return Prepared(plan, binary, host.call_arguments(problem, target.num_sms))
+    return Prepared(plan, binary, host.call_arguments(problem))
 
 
 def binary_of(host: Host, plan: Any, arch: str, epilogue: str = "identity") -> Binary:

@@ -4,7 +4,8 @@ A barrier is named by the state it announces. Its arrive count is not written do
 follows from the roles that signal it and from how they do it.
 
     how          who arrives
-    "warp"       one lane of every warp of the role, after the warp has synchronised
+    "warp"       one lane of every warp of the role (of the group), after the warp has synchronised
+    "each"       likewise of every warp of the role, of all groups
     "leader"     one lane of one warp of the role
     "commit"     the tensor core, when all MMAs issued before have completed
     "bytes"      one lane of the role; the phase also waits for the announced bytes of TMA loads
@@ -22,9 +23,9 @@ from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.plan import Plan, Role
+from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan, Role
 
-How = Literal["warp", "leader", "commit", "bytes"]
+How = Literal["warp", "each", "leader", "commit", "bytes"]
 To = Literal["own", "first", "other", "both"]
 
 
@@ -70,7 +71,7 @@ class Topology:
                         f"barrier {barrier.name}: {role} has {len(roles[role].warps)} warps, "
                         f"{how!r} is for one"
                     )
-                if barrier.count % roles[role].groups:
+                if how != "each" and barrier.count % roles[role].groups:
                     raise ValueError(
                         f"barrier {barrier.name}: {barrier.count} of them, but {role} has "
                         f"{roles[role].groups} groups"
@@ -81,10 +82,12 @@ class Topology:
         roles = {role.name: role for role in self.roles}
         barrier = self.barrier(name)
         ctas = self.ctas if barrier.to in ("first", "both") else 1
-        return sum(
-            {"warp": roles[role].group_warps * ctas, "leader": ctas}.get(how, 1)
-            for role, how in barrier.signals
-        )
+
+        def of(role: Role, how: How) -> int:
+            warps = {"warp": role.group_warps, "each": len(role.warps), "leader": 1}
+            return warps[how] * ctas if how in warps else 1
+
+        return sum(of(roles[role], how) for role, how in barrier.signals)
 
     def barrier(self, name: str) -> Barrier:
         return next(barrier for barrier in self.barriers if barrier.name == name)
@@ -114,9 +117,12 @@ def prefill_topology(plan: Plan) -> Topology:
         softmax ── decided ──> softmax, load_values, mma, correction
                 <─ decision_read ── load_values, correction
 
+        epilogue ── work_full ──> all,          epilogue <── work_empty ── all others
+
     Each barrier between mma, softmax and correction exists once per Q tile.
     """
     q_tiles = plan.q_tiles
+    workers = (role.name for role in plan.roles if role.name != "epilogue")
     decided = []
     if plan.features.skip:
         # The MMA needs no say in when the next one may be made: that is on an S which it makes
@@ -128,6 +134,10 @@ def prefill_topology(plan: Plan) -> Topology:
     return Topology(
         plan.roles,
         (
+            # Records of work tiles, and the answer about the next one.
+            Barrier("work_full", WORK_STAGES, (("epilogue", "warp"),)),
+            Barrier("work_empty", WORK_STAGES, tuple((role, "each") for role in workers)),
+            Barrier("claimed", 1, (("epilogue", "bytes"),)),
             Barrier("q_full", q_tiles, (("load", "bytes"),)),
             Barrier("q_empty", q_tiles, (("mma", "commit"),)),
             Barrier("k_full", plan.k_stages, (("load", "bytes"),)),
@@ -199,6 +209,14 @@ class Barriers:
     def arrive(self, name: str, index: Any = 0) -> None:
         """Arrive for this warp, after all its lanes have got here."""
         self._check(name, "warp")
+        self._arrive_warp(name, index)
+
+    def arrive_each(self, name: str, index: Any = 0) -> None:
+        """Likewise, at a barrier of all groups."""
+        self._check(name, "each")
+        self._arrive_warp(name, index)
+
+    def _arrive_warp(self, name: str, index: Any) -> None:
         cute.arch.sync_warp()
         with cute.arch.elect_one():
             self._arrive(name, index)

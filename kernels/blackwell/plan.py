@@ -19,6 +19,9 @@ REGISTERS = 64 << 10
 OTHER_BYTES = 1024
 """Shared memory kept for barriers, decisions and alignment."""
 
+WORK_STAGES = 2
+"""Records of work tiles: of the one in work, and of the next, which load and MMA begin before."""
+
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 """(D, Dv) that the prefill kernel has plans for."""
 
@@ -54,6 +57,8 @@ class Features:
     skip_tensor: bool = False
     skip_relative: bool = False
     count: bool = False
+    packed: bool = False
+    used: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ class Plan:
     v_stages: int = 2
     o_stages: int = 2
     ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
+    pack: int = 1
     rescale_threshold: float = 8.0
 
     def __post_init__(self) -> None:
@@ -116,6 +122,11 @@ class Plan:
     @property
     def work_rows(self) -> int:
         return self.q_tiles * self.tile_m
+
+    @property
+    def ragged_keys(self) -> bool:
+        """Keys may end before their tensor does."""
+        return self.features.packed or self.features.used
 
     @property
     def chunk_bytes(self) -> int:
@@ -184,15 +195,14 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         )
     if problem.op != "attention":
         return f"the prefill kernel has no {problem.op}"
-    if problem.layout != "dense" or problem.packed_q:
-        return f"the prefill kernel takes dense keys and queries; got {problem.layout}"
-    if problem.seqused:
-        return "the prefill kernel takes keys that are all in use; got seqused_k"
+    if problem.layout == "paged":
+        return "the prefill kernel takes dense and packed keys; got paged ones"
     if problem.dtype not in (torch.bfloat16, torch.float16):
         return f"the prefill kernel takes bfloat16 and float16; got {problem.dtype}"
     if dims not in HEAD_DIMS:
         return f"the prefill kernel has (D, Dv) in {HEAD_DIMS}; got {dims}"
-    if problem.seqlen_q == 0 or problem.seqlen_k == 0 or problem.batch == 0:
+    no_keys = problem.seqlen_k == 0 and not problem.packed_q
+    if problem.seqlen_q == 0 or no_keys or problem.batch == 0:
         return "the prefill kernel needs at least one sequence, query and key"
     if problem.block_mask is not None:
         return "the prefill kernel has no block mask"

@@ -10,8 +10,11 @@ softcap replaces S by tanh(scale / cap · S) and c by cap · log2 e. With skip-s
 every row has c · (max S − running maximum) < log2 λ is left out, before its V is asked for.
 
 Shapes: q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], out [B, Sq, Hq, Dv], lse
-[B, Hq, Sq]; any strides with a contiguous last dimension and rows on 16 bytes. A work tile is two Q
-tiles (one for Dv 256) of 128 rows of one head; each has its own exact range of KV tiles.
+[B, Hq, Sq]; or packed sequences, q [total_q, Hq, D], k [total_k, Hkv, D] …, lse [Hq, total_q],
+whose lengths are on the device; any strides with a contiguous last dimension and rows on 16 bytes.
+A work tile is two Q tiles (one for Dv 256) of 128 rows of one head of one sequence; each has its
+own exact range of KV tiles. Tensor maps end where sequences do (`ragged`): V past the end is read
+as 0, O past the end is not written; K past the end is whatever it is, and masked.
 
 Warps (two Q tiles; with one, the softmax has warps 0–3 and the others follow)
 
@@ -19,7 +22,7 @@ Warps (two Q tiles; with one, the softmax has warps 0–3 and the others follow)
     8–11       correction  O · fade when the maximum moved; at the end O / l → chunks, LSE
     12         mma         S = Q Kᵀ, O += P V; owns TMEM
     13         load        Q, K by TMA
-    14         epilogue    chunks of O → global memory by TMA
+    14         epilogue    chunks of O → global memory by TMA; hands out the work
     15         load_values V by TMA, where a Q tile keeps the KV tile
 
 TMEM, in 32-bit columns, at Dv 128 (`tmem.attention_map`)
@@ -61,7 +64,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.pipelines import Barriers, prefill_topology
-from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
 from cute_fmha.kernels.blackwell.prefill_mma import mma
@@ -69,12 +72,15 @@ from cute_fmha.kernels.blackwell.prefill_operands import (
     DTYPES,
     Global,
     Layouts,
+    Lengths,
     Mmas,
     Scalars,
     Shared,
 )
+from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_softmax import softmax
-from cute_fmha.kernels.blackwell.prefill_work import Work
+from cute_fmha.kernels.blackwell.prefill_work import HEADER, RANGE, Work
+from cute_fmha.kernels.blackwell.ragged import ragged
 
 
 class Prefill:
@@ -100,17 +106,23 @@ class Prefill:
         mSink: cute.Tensor,
         mSkip: cute.Tensor,
         mStats: cute.Tensor,
+        lengths: Lengths,
         scalars: Scalars,
-        ctas: Int32,
         stream: CUstream,
     ):
-        """Launch on ``[B, S, H, D]`` tensors with at most ``ctas`` CTAs."""
+        """Launch on ``[B, S, H, D]`` tensors, or packed ones ``[total, H, D]`` of ``lengths``."""
         plan = self.plan
-        # (SEQ, D, HEAD, BATCH); V is (DV, SEQ, HEAD, BATCH)
-        mQ = cute.make_tensor(mQ.iterator, cute.select(mQ.layout, mode=[1, 3, 2, 0]))
-        mK = cute.make_tensor(mK.iterator, cute.select(mK.layout, mode=[1, 3, 2, 0]))
-        mV = cute.make_tensor(mV.iterator, cute.select(mV.layout, mode=[3, 1, 2, 0]))
-        mO = cute.make_tensor(mO.iterator, cute.select(mO.layout, mode=[1, 3, 2, 0]))
+        mQ, mK, mV, mO = self.rows(mQ), self.rows(mK), self.rows(mV), self.rows(mO)
+        mV = cute.make_tensor(
+            mV.iterator, cute.select(mV.layout, mode=[1, 0, *range(2, cute.rank(mV))])
+        )
+        works = self.works(mQ, mK, lengths)
+        if cutlass.const_expr(plan.pack > 1):
+            mQ, mO = self.packed_heads(mQ), self.packed_heads(mO)
+        if cutlass.const_expr(plan.ragged_keys):
+            mV = ragged(mV, 1)
+        if cutlass.const_expr(plan.features.packed):
+            mO = ragged(mO, 0)
         one = tcgen05.CtaGroup.ONE
         mmas = Mmas(
             qk=sm100.make_trivial_tiled_mma(
@@ -146,17 +158,52 @@ class Prefill:
         tma_o, gO = cpasync.make_tiled_tma_atom(
             save, mO, cute.select(layouts.sO, mode=[0, 1]), (plan.tile_m, plan.chunk)
         )
-        work = cute.ceil_div(mQ.shape[0], plan.work_rows) * mQ.shape[2] * mQ.shape[3]
-        mem = Global(tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mSkip, mStats)
+        mem = Global(
+            tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mSkip, mStats, *lengths[:3]
+        )
         self.kernel(mmas, mem, layouts, scalars).launch(
-            grid=(cutlass.min(work, ctas), 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1,
-            stream=stream,
+            grid=(works, 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1, stream=stream,
         )  # fmt: skip
+
+    def rows(self, mX: cute.Tensor) -> cute.Tensor:
+        """(SEQ, D, HEAD, BATCH) of ``[B, S, H, D]``, (SEQ, D, HEAD) of ``[total, H, D]``.
+
+        There is a row even where there is none: a tensor map must not be empty.
+        """
+        order = [0, 2, 1] if self.plan.features.packed else [1, 3, 2, 0]
+        layout = cute.select(mX.layout, mode=order)
+        shape = (cutlass.max(layout.shape[0], 1), *layout.shape[1:])
+        return cute.make_tensor(mX.iterator, cute.make_layout(shape, stride=layout.stride))
+
+    def packed_heads(self, mX: cute.Tensor) -> cute.Tensor:
+        """((GROUP, SEQ), D, HEAD_KV, …) of (SEQ, D, HEAD, …)."""
+        pack = self.plan.pack
+        seq, dim, head, *rest = mX.shape
+        by_seq, by_dim, by_head, *by_rest = mX.stride
+        layout = cute.make_layout(
+            ((pack, seq), dim, head // pack, *rest),
+            stride=((by_head, by_seq), by_dim, by_head * pack, *by_rest),
+        )
+        return cute.make_tensor(mX.iterator, layout)
+
+    def works(self, mQ: cute.Tensor, mK: cute.Tensor, lengths: Lengths) -> Int32:
+        """CTAs: as many as there are work tiles, or with packed sequences may be."""
+        plan = self.plan
+        positions = plan.work_rows // plan.pack
+        if lengths.cu_seqlens_q is not None:
+            # Every sequence may have one work tile that is not full.
+            batches = lengths.cu_seqlens_q.shape[0] - 1
+            longest = cute.ceil_div(lengths.max_seqlen_q, positions) * batches
+            blocks = cutlass.min(mQ.shape[0] // positions + batches, longest)
+        else:
+            blocks = cute.ceil_div(mQ.shape[0], positions) * mQ.shape[3]
+        return blocks * (mQ.shape[2] // plan.pack)
 
     @cute.kernel
     def kernel(self, mmas: Mmas, mem: Global, layouts: Layouts, scalars: Scalars):
         """Allocate, initialise the barriers, dispatch the roles."""
         plan = self.plan
+        words = HEADER + RANGE * plan.q_tiles
 
         @cute.struct
         class Storage:
@@ -169,6 +216,8 @@ class Prefill:
             sScale: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
             sMax: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
             sVotes: cute.struct.Align[cute.struct.MemRange[Int8, 4 * 2 * plan.q_tiles], 4]
+            sWork: cute.struct.MemRange[Int32, words * WORK_STAGES]
+            sClaim: cute.struct.Align[cute.struct.MemRange[Int32, 4], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
 
@@ -186,6 +235,8 @@ class Prefill:
             sMax=storage.sMax.get_tensor(per_row),
             sVotes=votes,
             sKeep=cute.recast_tensor(votes, Int32)[0, None, None],
+            sWork=storage.sWork.get_tensor(cute.make_layout((words, WORK_STAGES))),
+            sClaim=storage.sClaim.get_tensor(cute.make_layout(4)),
         )
         mma_warp, load_warp, values_warp, epilogue_warp = (
             plan.role(name).warps[0] for name in ("mma", "load", "load_values", "epilogue")
@@ -201,15 +252,21 @@ class Prefill:
             cute.arch.relinquish_tmem_alloc_permit()
         cute.arch.sync_threads()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
-
-        work = Work(plan, mem, scalars)
+        work = Work(plan, mem, scalars, shared)
         if warp < plan.role("softmax").warps[-1] + 1:
             cute.arch.setmaxregister_increase(plan.role("softmax").registers)
             softmax(plan, work, mem, shared, scalars, tmem, barriers.of("softmax"))
         elif warp < plan.role("correction").warps[-1] + 1:
             cute.arch.setmaxregister_decrease(plan.role("correction").registers)
             correction(
-                plan, work, self.store, mem, shared, scalars, tmem, barriers.of("correction")
+                plan,
+                work,
+                self.store,
+                mem,
+                shared,
+                scalars,
+                tmem,
+                barriers.of("correction"),
             )
         else:
             cute.arch.setmaxregister_decrease(plan.role("mma").registers)
@@ -220,7 +277,15 @@ class Prefill:
             elif warp == values_warp:
                 load_values(plan, work, mmas, mem, shared, barriers.of("load_values"))
             elif warp == epilogue_warp:
-                epilogue(plan, work, self.store, mem, shared, barriers.of("epilogue"))
+                epilogue(
+                    plan,
+                    work,
+                    Schedule(plan, mem, scalars),
+                    self.store,
+                    mem,
+                    shared,
+                    barriers.of("epilogue"),
+                )
         cute.arch.sync_threads()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns)

@@ -11,9 +11,10 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_load import decision
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
+from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
 from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
 
@@ -36,9 +37,8 @@ def correction(
     o_phase = [Int32(0) for _ in range(plan.q_tiles)]
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
     chunk = Cursor(plan.o_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
+    tile = work.first(barriers)
+    while tile.exists:
         first, end, q_tiles = work.keys(tile)
         fresh = [Boolean(True) for _ in range(plan.q_tiles)]
         for t in cutlass.range_constexpr(plan.q_tiles):
@@ -72,7 +72,8 @@ def correction(
             n = tile.after(n)
         for t in cutlass.range_constexpr(plan.q_tiles):
             first_row = work.first_row(tile, t)
-            if first_row < tile.seqlen_q:
+            if first_row < work.rows(tile):
+                row = first_row + thread
                 empty = fresh[t]
                 total, row_max = Float32(0.0), Float32(EMPTY)
                 if q_tiles[t].any:
@@ -87,7 +88,7 @@ def correction(
                 left = Float32(1.0)
                 if cutlass.const_expr(plan.features.sink):
                     maximum_log2, total, left = with_sink(
-                        maximum_log2, total, mem.mSink[tile.head] * LOG2_E
+                        maximum_log2, total, mem.mSink[work.head_of(tile, row)] * LOG2_E
                     )
                 nothing = total == 0.0
                 scale = 0.0 if nothing else left * cute.arch.rcp_approx(total)
@@ -97,9 +98,9 @@ def correction(
                     lse = -Float32.inf
                     if not nothing:
                         lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
-                    row = first_row + thread
-                    if row < tile.seqlen_q:
-                        mem.mLSE[tile.batch, tile.head, row] = lse
+                    if row < work.rows(tile):
+                        mem.mLSE[work.lse_place(tile, row)] = lse
+        tile = work.next(tile, barriers)
 
 
 def rescale(plan: Plan, tO: Int32, fade: Float32) -> None:
@@ -113,20 +114,27 @@ def rescale(plan: Plan, tO: Int32, fade: Float32) -> None:
 
 @cute.jit
 def epilogue(
-    plan: Plan, work: Work, store: Store, mem: Global, shared: Shared, barriers: Barriers
+    plan: Plan, work: Work, schedule: Schedule, store: Store, mem: Global, shared: Shared,
+    barriers: Barriers,
 ):  # fmt: skip
-    """Reads: the chunk buffers. Writes: O in global memory by TMA.
-    Waits: chunk_full. Signals: chunk_empty. Registers: 48."""
+    """Also gives out the work: the record after next takes the place of the one that is stored.
+
+    Reads: the chunk buffers. Writes: O in global memory by TMA, sWork.
+    Waits: chunk_full, work_empty. Signals: chunk_empty, work_full. Registers: 48."""
     chunk = Cursor(plan.o_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
+    turn = schedule.start()
+    for _record in cutlass.range_constexpr(WORK_STAGES):
+        turn = schedule.hand_out(turn, shared, barriers)
+    tile = work.first(barriers)
+    while tile.exists:
         # (ROWS, CHUNK, ROW_TILE, CHUNKS)
-        gO = cute.local_tile(tile.queries(mem.mO), (plan.tile_m, plan.chunk), (None, None))
+        gO = cute.local_tile(work.outputs(tile, mem.mO), (plan.tile_m, plan.chunk), (None, None))
         for t in cutlass.range_constexpr(plan.q_tiles):
-            if work.first_row(tile, t) < tile.seqlen_q:
+            if work.first_row(tile, t) < work.rows(tile):
                 row_tile = tile.block * plan.q_tiles + t
                 chunk = store.consume(
                     mem.tma_o, gO[None, None, row_tile, None], shared.sO, barriers, chunk
                 )
+        turn = schedule.hand_out(turn, shared, barriers)
+        tile = work.following(tile, barriers)
     cute.arch.cp_async_bulk_wait_group(0)

@@ -36,6 +36,8 @@ def plan_of(problem: Problem) -> Plan:
         skip_tensor=problem.skip_tensor,
         skip_relative=problem.skip_relative,
         count=problem.stats,
+        packed=problem.packed_q,
+        used=problem.seqused,
     )
     return make_plan(
         problem.head_dim, problem.head_dim_v, problem.dtype, problem.out_dtype, features
@@ -44,7 +46,7 @@ def plan_of(problem: Problem) -> Plan:
 
 def skip_tiles(plan: Plan) -> dict[str, Any]:
     """The tiles whose skips are decided, as `cute_fmha.reference.tile_oracle` takes them."""
-    return {"tile_m": plan.tile_m, "tile_n": plan.tile_n, "pack_heads": False}
+    return {"tile_m": plan.tile_m, "tile_n": plan.tile_n, "pack_heads": plan.pack > 1}
 
 
 def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
@@ -53,28 +55,32 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
     from cutlass.cute.runtime import make_fake_stream
 
     from cute_fmha.kernels.blackwell.build import placeholder
-    from cute_fmha.kernels.blackwell.prefill import DTYPES, Prefill, Scalars
+    from cute_fmha.kernels.blackwell.prefill import Prefill
+    from cute_fmha.kernels.blackwell.prefill_operands import DTYPES, Lengths, Scalars
 
     features = plan.features
     dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
+    rows = (None, None) if features.packed else (None, None, None)
+    starts = placeholder(Int32, None) if features.packed else None
+    used = placeholder(Int32, None) if features.used else None
     arguments = (
-        placeholder(dtype, None, None, None, plan.head_dim, align=16),
-        placeholder(dtype, None, None, None, plan.head_dim, align=16),
-        placeholder(dtype, None, None, None, plan.head_dim_v, align=16),
-        placeholder(out_dtype, None, None, None, plan.head_dim_v, align=16),
-        placeholder(Float32, None, None, None) if features.lse else None,
+        placeholder(dtype, *rows, plan.head_dim, align=16),
+        placeholder(dtype, *rows, plan.head_dim, align=16),
+        placeholder(dtype, *rows, plan.head_dim_v, align=16),
+        placeholder(out_dtype, *rows, plan.head_dim_v, align=16),
+        placeholder(Float32, *rows) if features.lse else None,
         placeholder(Float32, None) if features.sink else None,
         placeholder(Float32, 1) if features.skip_tensor else None,
         placeholder(Int64, 2) if features.count else None,
+        Lengths(starts, starts, used, Int32(0)),
         Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0)),
-        Int32(0),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
     return Prefill(plan), arguments
 
 
-def call_arguments(problem: Problem, sms: int) -> Callable[[Call], tuple[Any, ...]]:
-    """What turns a call of ``problem`` into arguments; ``sms`` is the most CTAs that are launched.
+def call_arguments(problem: Problem) -> Callable[[Call], tuple[Any, ...]]:
+    """What turns a call of ``problem`` into arguments.
 
     The stream is not among them: TVM-FFI takes PyTorch's current one.
     """
@@ -88,7 +94,7 @@ def call_arguments(problem: Problem, sms: int) -> Callable[[Call], tuple[Any, ..
         scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value)
         return (
             call.q, call.k, call.v, call.out, call.lse, call.sink, call.skip_tensor, call.stats,
-            scalars, sms,
+            (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, problem.seqlen_q), scalars,
         )  # fmt: skip
 
     return arguments

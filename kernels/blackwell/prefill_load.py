@@ -49,12 +49,11 @@ def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barrie
     k_bytes = plan.tile_n * plan.head_dim * element
     q_phase = Int32(0)
     k = Cursor(plan.k_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
+    tile = work.first(barriers)
+    while tile.exists:
         # (ROW, D, ROW_TILE), (KEY, D, KEY_TILE)
-        gQ = cute.local_tile(tile.queries(mem.mQ), (plan.tile_m, plan.head_dim), (None, 0))
-        gK = cute.local_tile(tile.keys(mem.mK), (plan.tile_n, plan.head_dim), (None, 0))
+        gQ = cute.local_tile(work.queries(tile, mem.mQ), (plan.tile_m, plan.head_dim), (None, 0))
+        gK = cute.local_tile(work.key_rows(tile, mem.mK), (plan.tile_n, plan.head_dim), (None, 0))
         # (TMA, STAGE) and (TMA, TILE) each
         tQsQ, tQgQ = partition(mem.tma_q, shared.sQ, qk.partition_A(gQ))
         tKsK, tKgK = partition(mem.tma_k, shared.sK, qk.partition_B(gK))
@@ -71,6 +70,7 @@ def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barrie
             while n < end:
                 k = fetch("k", mem.tma_k, tKgK, n, tKsK, k_bytes, k, barriers)
                 n = tile.after(n)
+        tile = work.next(tile, barriers)
 
 
 @cute.jit
@@ -85,11 +85,12 @@ def load_values(
     v_bytes = plan.tile_n * plan.head_dim_v * plan.dtype.itemsize
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
     v = Cursor(plan.v_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
+    tile = work.first(barriers)
+    while tile.exists:
         # (DV, KEY, KEY_TILE)
-        gV = cute.local_tile(tile.keys(mem.mV), (plan.head_dim_v, plan.tile_n), (0, None))
+        gV = cute.local_tile(
+            work.value_rows(tile, mem.mV), (plan.head_dim_v, plan.tile_n), (0, None)
+        )
         # (TMA, STAGE) and (TMA, TILE)
         tVsV, tVgV = partition(mem.tma_v, shared.sV, pv.partition_B(gV))
         n, end, q_tiles = work.keys(tile)
@@ -108,6 +109,7 @@ def load_values(
             else:
                 v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
             n = tile.after(n)
+        tile = work.next(tile, barriers)
     # The release of the last V is the last signal of the tensor core: stay until it is in.
     for _stage in cutlass.range_constexpr(plan.v_stages):
         barriers.wait("v_empty", v.empty_phase, v.index)

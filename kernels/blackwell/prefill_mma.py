@@ -46,9 +46,8 @@ def mma(
     p_phase = [Int32(0) for _ in range(plan.q_tiles)]
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
     k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
+    tile = work.first(barriers)
+    while tile.exists:
         first, end, q_tiles = work.keys(tile)
         if end > first:
             for t in cutlass.range_constexpr(plan.q_tiles):
@@ -103,3 +102,4 @@ def mma(
                         barriers.commit("q_empty", t)
                 n = coming
                 coming = tile.after(coming)
+        tile = work.next(tile, barriers)

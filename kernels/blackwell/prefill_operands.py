@@ -45,6 +45,9 @@ class Global(NamedTuple):
     mSink: cute.Tensor  # (HEAD_Q,)
     mSkip: cute.Tensor  # (1,): in place of the scalar
     mStats: cute.Tensor  # (2,): KV tiles skipped, and all
+    mStartQ: Any  # (BATCH + 1,): where packed sequences begin, and the last one ends
+    mStartK: Any
+    mUsed: Any  # (BATCH,): keys in use; None where a call has no such tensor
 
 
 class Layouts(NamedTuple):
@@ -66,6 +69,15 @@ class Scalars(NamedTuple):
     skip: Float32  # λ, or the factor that λ is over the KV length
 
 
+class Lengths(NamedTuple):
+    """Lengths on the device; None where sequences are not packed, or all keys are in use."""
+
+    cu_seqlens_q: cute.Tensor | None  # (BATCH + 1,)
+    cu_seqlens_k: cute.Tensor | None
+    seqused_k: cute.Tensor | None  # (BATCH,)
+    max_seqlen_q: Int32
+
+
 class Shared(NamedTuple):
     """Shared memory of a CTA."""
 
@@ -77,3 +89,5 @@ class Shared(NamedTuple):
     sMax: Any  # (ROWS, TILE): at the end the row maximum
     sVotes: Any  # (WARP, 2, TILE) bytes: whether a warp's rows keep a KV tile
     sKeep: Any  # (2, TILE): the same bytes as one word, 0 if nobody keeps it
+    sWork: Any  # (WORD, STAGE): records of work tiles
+    sClaim: Any  # (4,): answer of cluster launch control

@@ -89,20 +89,17 @@ def softmax(
     thread = cute.arch.thread_idx()[0] % 128
     phases = SoftmaxPhases(Int32(0), Int32(0))
     counts = Counts(Int32(0), Int32(0))
-    if cutlass.const_expr(plan.features.skip):
-        skip = scalars.skip
-        if cutlass.const_expr(plan.features.skip_tensor):
-            skip = mem.mSkip[0]
-        if cutlass.const_expr(plan.features.skip_relative):
-            skip = skip / Float32(mem.mK.shape[0])
-        scalars = scalars._replace(skip=raw_threshold(skip, scalars.scale_log2))
-    group = Group(work, shared, scalars, tmem, barriers, t, thread)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
+    skip = mem.mSkip[0] if plan.features.skip_tensor else scalars.skip
+    threshold = raw_threshold(skip, scalars.scale_log2)
+    tile = work.first(barriers)
+    while tile.exists:
         keys = work.keys_of(tile, t)
         row = work.first_row(tile, t) + thread
-        needed = cutlass.select_(row < tile.seqlen_q, Float32(EMPTY), Float32(ABSENT))
+        needed = cutlass.select_(row < work.rows(tile), Float32(EMPTY), Float32(ABSENT))
+        if cutlass.const_expr(plan.features.skip_relative):
+            relative = skip / Float32(cutlass.max(tile.seqlen_k, 1))
+            threshold = raw_threshold(relative, scalars.scale_log2)
+        group = Group(work, shared, scalars._replace(skip=threshold), tmem, barriers, t, thread)
         state = RowState(Float32(EMPTY), Float32(0.0), needed)
         n = keys.begin
         if cutlass.const_expr(plan.features.window_left):
@@ -127,6 +124,7 @@ def softmax(
             shared.sScale[thread, t] = state.total
             shared.sMax[thread, t] = state.maximum
             barriers.arrive("scale_full", t)
+        tile = work.next(tile, barriers)
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
         if thread == 0:
             cute.arch.atomic_add(mem.mStats.iterator, Int64(counts.skipped))
@@ -160,7 +158,8 @@ def softmax_step(
         scores = capped(scores, scalars.cap_inner)
     if cutlass.const_expr(masked):
         lengths = tile.seqlen_q, tile.seqlen_k
-        scores = mask_row(scores, row, n * plan.tile_n, lengths, work.window())
+        position = work.position(row)
+        scores = mask_row(scores, position, n * plan.tile_n, lengths, work.window())
     if cutlass.const_expr(plan.features.skip):
         tile_max = row_maximum(scores, Float32(-Float32.inf))
         ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives

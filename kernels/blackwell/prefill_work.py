@@ -1,15 +1,19 @@
-"""Which work `prefill` has: the work tiles of a CTA, where they lie, and the KV tiles they need.
+"""Which work `prefill` has: its work tiles, where they lie, and the KV tiles they need.
 
-All roles ask here and nowhere else, so that they agree on every work tile and every KV tile without
-telling each other:
+One warp decides and writes a record (`prefill_schedule`); all roles read it here and nowhere else,
+so that they agree on every work tile and every KV tile:
 
-    for index in cutlass.range(*work.indices(), unroll=1):
-        tile = work.tile(index)
+    tile = work.first(barriers)
+    while tile.exists:
         first, end, q_tiles = work.keys(tile)      # KV tiles of the work tile, and of each Q tile
         n = first
         while n < end:
             if q_tiles[t].has(n): …                # Q tile t needs KV tile n
             n = tile.after(n)
+        tile = work.next(tile, barriers)           # the record is given back
+
+Rows are those of the Q tiles. With packed heads (`Plan.pack`) a row is one of a position's heads,
+row = position · pack + head in the group; otherwise rows are positions.
 """
 
 from __future__ import annotations
@@ -21,39 +25,39 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from cute_fmha import tiling
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.device import device_function
-from cute_fmha.kernels.blackwell.pipelines import Carried, Fixed
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
 from cute_fmha.kernels.blackwell.plan import Plan
-from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars
+from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
+from cute_fmha.kernels.blackwell.ragged import cut
 
-kv_tile_ranges = device_function(tiling.kv_tile_ranges)
+HEADER, RANGE = 8, 4
+"""Words of a record: those of `WorkTile`, then those of `KeyTiles` for every Q tile."""
 
 
 @dataclass(frozen=True)
 class WorkTile(Carried):
-    """Consecutive query rows of one head of one sequence."""
+    """Consecutive query rows of one head of one sequence, and the place of its record."""
 
-    block: Int32  # which of the sequence's work tiles
-    head: Int32
+    block: Int32  # which of the sequence's work tiles; −1: no work is left
+    head: Int32  # of Q; with packed heads that of K and V
     head_kv: Int32
     batch: Int32
+    start_q: Int32  # of the sequence, in packed tensors
+    start_k: Int32
     seqlen_q: Int32
     seqlen_k: Int32
+    slot: Int32
+    phase: Int32
+
+    @property
+    def exists(self) -> Boolean:
+        return self.block >= 0
 
     def after(self, n: Int32) -> Int32:
         """The KV tile that comes after ``n``; hidden from the compiler, which would unroll every
         loop over KV tiles whose length it can compute."""
         return ptx.opaque(n + 1)
-
-    def queries(self, mX: cute.Tensor) -> cute.Tensor:
-        """(SEQ_Q, D) of Q or O, (SEQ, D, HEAD_Q, BATCH)."""
-        return mX[None, None, self.head, self.batch]
-
-    def keys(self, mX: cute.Tensor) -> cute.Tensor:
-        """(SEQ_K, D) of K or (DV, SEQ_K) of V, both (…, …, HEAD_KV, BATCH)."""
-        return mX[None, None, self.head_kv, self.batch]
 
 
 @dataclass(frozen=True)
@@ -74,54 +78,74 @@ class KeyTiles(Carried):
         return self.end > self.begin
 
 
+def sides(plan: Plan, scalars: Scalars) -> tuple[Any, Any]:
+    """Window sides; the Python integer −1 for a side that is not compiled in."""
+    features = plan.features
+    return (
+        scalars.window_left if features.window_left else -1,
+        scalars.window_right if features.window_right else -1,
+    )
+
+
 class Work(Fixed):
     """The work of one CTA."""
 
-    def __init__(self, plan: Plan, mem: Global, scalars: Scalars) -> None:
+    def __init__(self, plan: Plan, mem: Global, scalars: Scalars, shared: Shared) -> None:
         self.plan = plan
         self.mem = mem
         self.scalars = scalars
+        self.sWork = shared.sWork
 
-    def indices(self) -> tuple[Int32, Int32, Int32]:
-        """The work tiles of this CTA, as a range (first, end, step)."""
-        total = cute.ceil_div(self.mem.mQ.shape[0], self.plan.work_rows) * self.mem.mQ.shape[2]
-        return cute.arch.block_idx()[0], total * self.mem.mQ.shape[3], cute.arch.grid_dim()[0]
+    # ------------------------------------------------------------------ work tiles
 
-    def tile(self, index: Int32) -> WorkTile:
-        """Work tile ``index``: blocks of rows come last, so that heads share K and V in L2."""
-        mQ, mK = self.mem.mQ, self.mem.mK
-        heads, batches = mQ.shape[2], mQ.shape[3]
-        block = index // (heads * batches)
-        rest = index - block * (heads * batches)
-        batch = rest // heads
-        head = rest - batch * heads
-        head_kv = head // (heads // mK.shape[2])
-        return WorkTile(block, head, head_kv, batch, mQ.shape[0], mK.shape[0])
+    def first(self, barriers: Barriers) -> WorkTile:
+        """Wait for the first record."""
+        return self._record(Int32(0), Int32(0), barriers)
+
+    def next(self, tile: WorkTile, barriers: Barriers) -> WorkTile:
+        """Give the record of ``tile`` back, wait for the one after it."""
+        barriers.arrive_each("work_empty", tile.slot)
+        return self.following(tile, barriers)
+
+    def following(self, tile: WorkTile, barriers: Barriers) -> WorkTile:
+        """Wait for the record after that of ``tile``."""
+        return self._record(tile.slot ^ 1, tile.phase ^ tile.slot, barriers)
+
+    def _record(self, slot: Int32, phase: Int32, barriers: Barriers) -> WorkTile:
+        barriers.wait("work_full", phase, slot)
+        header = (cute.arch.make_warp_uniform(self.sWork[word, slot]) for word in range(HEADER))
+        return WorkTile(*header, slot, phase)
 
     def first_row(self, tile: WorkTile, t: Any) -> Int32:
-        """The first query row of Q tile ``t`` in its sequence."""
+        """The first row of Q tile ``t`` in its sequence."""
         return tile.block * self.plan.work_rows + t * self.plan.tile_m
 
-    def window(self) -> tuple[Any, Any]:
-        """Window sides; the Python integer −1 for a side that is not compiled in."""
-        features = self.plan.features
-        return (
-            self.scalars.window_left if features.window_left else -1,
-            self.scalars.window_right if features.window_right else -1,
-        )
+    def rows(self, tile: WorkTile) -> Int32:
+        """All rows of the sequence."""
+        return tile.seqlen_q * self.plan.pack
 
-    @cute.jit
+    def position(self, row: Int32) -> Int32:
+        """The query position of ``row`` in its sequence."""
+        return row if self.plan.pack == 1 else row // self.plan.pack
+
+    def head_of(self, tile: WorkTile, row: Int32) -> Int32:
+        """The head of Q that ``row`` is of."""
+        pack = self.plan.pack
+        return tile.head if pack == 1 else tile.head * pack + row % pack
+
+    def lse_place(self, tile: WorkTile, row: Int32) -> tuple[Int32, ...]:
+        """Coordinates of the LSE of ``row``."""
+        head, position = self.head_of(tile, row), self.position(row)
+        if self.plan.features.packed:
+            return head, tile.start_q + position
+        return tile.batch, head, position
+
+    # ------------------------------------------------------------------ KV tiles
+
     def keys_of(self, tile: WorkTile, t: Any) -> KeyTiles:
         """The KV tiles of Q tile ``t``, a number of Python or of the run."""
-        row = self.first_row(tile, t)
-        left, right = self.window()
-        row_end = cutlass.min(row + self.plan.tile_m, tile.seqlen_q)
-        begin, full_begin, full_end, end = kv_tile_ranges(
-            row, row_end, tile.seqlen_q, tile.seqlen_k, left, right, self.plan.tile_n
-        )
-        if row >= tile.seqlen_q or end <= begin:
-            begin, full_begin, full_end, end = Int32(0), Int32(0), Int32(0), Int32(0)
-        return KeyTiles(begin, full_begin, full_end, end)
+        words = (self.sWork[HEADER + RANGE * t + word, tile.slot] for word in range(RANGE))
+        return KeyTiles(*(cute.arch.make_warp_uniform(word) for word in words))
 
     @cute.jit
     def keys(self, tile: WorkTile):
@@ -135,3 +159,37 @@ class Work(Fixed):
             first = tiles[1].begin if not tiles[0].any else tiles[0].begin
             end = cutlass.max(tiles[0].end, tiles[1].end)
         return first, end, tiles
+
+    def window(self) -> tuple[Any, Any]:
+        return sides(self.plan, self.scalars)
+
+    # ------------------------------------------------------------------ tensors of a sequence
+
+    def queries(self, tile: WorkTile, mQ: cute.Tensor) -> cute.Tensor:
+        """(ROWS, D) of Q."""
+        if not self.plan.features.packed:
+            return mQ[None, None, tile.head, tile.batch]
+        return cute.domain_offset((self._position(tile.start_q), 0), mQ[None, None, tile.head])
+
+    def key_rows(self, tile: WorkTile, mK: cute.Tensor) -> cute.Tensor:
+        """(SEQ_K, D) of K. Rows past the end are there: their scores are masked."""
+        if not self.plan.features.packed:
+            return mK[None, None, tile.head_kv, tile.batch]
+        return cute.domain_offset((tile.start_k, 0), mK[None, None, tile.head_kv])
+
+    def value_rows(self, tile: WorkTile, mV: cute.Tensor) -> cute.Tensor:
+        """(DV, SEQ_K) of V. Rows past the end are read as 0."""
+        if self.plan.ragged_keys:
+            mV = cut(mV, 1, tile.start_k, tile.seqlen_k)
+        if not self.plan.features.packed:
+            return mV[None, None, tile.head_kv, tile.batch]
+        return mV[None, None, tile.head_kv]
+
+    def outputs(self, tile: WorkTile, mO: cute.Tensor) -> cute.Tensor:
+        """(ROWS, DV) of O. Rows past the end are not written."""
+        if not self.plan.features.packed:
+            return mO[None, None, tile.head, tile.batch]
+        return cut(mO, 0, tile.start_q, tile.seqlen_q)[None, None, tile.head]
+
+    def _position(self, start: Int32) -> Any:
+        return start if self.plan.pack == 1 else (0, start)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -39,18 +39,25 @@ def build(plan: Plan, arch: str = "sm_100a") -> Binary:
 
 def problem_of(case: AttentionCase, out_dtype: torch.dtype, features: Any = None) -> Problem:
     left, right = window_of(case)
-    batch, seqlen_q, heads_q, head_dim = case.q.shape
+    *_, heads_q, head_dim = case.q.shape
+    starts = case.common.get("cu_seqlens_q")
+    layout: Literal["dense", "packed"] = "dense" if starts is None else "packed"
+    batch, seqlen_q, seqlen_k = case.q.shape[0], case.q.shape[1], case.k.shape[1]
+    if starts is not None:
+        batch = len(starts) - 1
+        seqlen_q, seqlen_k = case.launch["max_seqlen_q"], case.launch["max_seqlen_k"]
     present = dict(features or {})
     return Problem(
-        "attention", "dense", False, case.q.dtype, out_dtype, batch, seqlen_q, case.k.shape[1],
-        heads_q, case.k.shape[2], head_dim, case.v.shape[-1], window_left=left, window_right=right,
+        "attention", layout, starts is not None, case.q.dtype, out_dtype, batch, seqlen_q,
+        seqlen_k, heads_q, case.k.shape[-2], head_dim, case.v.shape[-1], window_left=left,
+        window_right=right, seqused=case.common.get("seqused_k") is not None,
         softcap=case.common.get("softcap", 0.0) > 0, sink=case.common.get("sink") is not None,
         stats=present.pop("count", False), lse=present.pop("lse", True), **present,
     )  # fmt: skip
 
 
 def run(
-    case: AttentionCase, policy: Policy, ctas: int = 148, out: torch.Tensor | None = None,
+    case: AttentionCase, policy: Policy, ctas: int = 4, out: torch.Tensor | None = None,
     skip: float | torch.Tensor = 0.0, stats: torch.Tensor | None = None, features: Any = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
@@ -58,17 +65,34 @@ def run(
     q, k, v = case.q, case.k, case.v
     if out is None:
         out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)
-    lse = torch.full((q.shape[0], q.shape[2], q.shape[1]), float("nan"))
+    shape = (q.shape[0], q.shape[2], q.shape[1]) if q.dim() == 4 else (q.shape[1], q.shape[0])
+    lse = torch.full(shape, float("nan"))
     problem = problem_of(case, out.dtype, features)
     plan = replace(prefill_host.plan_of(problem), **changes)
     device, host = (skip, math.nan) if isinstance(skip, torch.Tensor) else (None, skip)
+    names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "sink")
     call = Call(
-        problem, q, k, v, out, lse if problem.lse else None, None, None,
-        stats if problem.stats else None, None, None, None, None, None, case.common.get("sink"),
-        None, device, case.common.get("scale") or 1 / math.sqrt(q.shape[-1]),
-        case.common.get("softcap", 0.0), host, problem.skip_relative,
-        Identity, (),
-    )  # fmt: skip
-    arguments = prefill_host.call_arguments(problem, ctas)
+        problem=problem,
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse if problem.lse else None,
+        max_logits=None,
+        workspace=None,
+        stats=stats if problem.stats else None,
+        extra=None,
+        **{name: case.common.get(name) for name in names},
+        block_table=None,
+        block_mask=None,
+        skip_tensor=device,
+        scale=case.common.get("scale") or 1 / math.sqrt(q.shape[-1]),
+        softcap=case.common.get("softcap", 0.0),
+        skip_value=host,
+        skip_relative=problem.skip_relative,
+        epilogue=Identity,
+        parameters=(),
+    )
+    arguments = prefill_host.call_arguments(problem)
     captured = backend.capture(call, build(plan), arguments, Device())
-    return out, lse, execute(captured, policy)
+    return out, lse, execute(captured, replace(policy, resident=ctas))

@@ -58,6 +58,7 @@ def test_arrive_counts_follow_from_the_roles():
     topology = prefill_topology(plan())
     counts = {barrier.name: topology.arrivals(barrier.name) for barrier in topology.barriers}
     assert counts == {
+        "work_full": 1, "work_empty": 15, "claimed": 1,
         "q_full": 1, "q_empty": 1, "k_full": 1, "k_empty": 1, "v_full": 1, "v_empty": 1,
         "s_full": 1, "p_ready": 8, "p_last": 4, "scale_full": 4, "scale_empty": 4, "o_full": 1,
         "chunk_full": 4, "chunk_empty": 1,
@@ -83,9 +84,11 @@ def problem(**changes):
 
 def test_what_can_be_implemented():
     assert can_implement(problem(), B200) is None
+    assert can_implement(problem(layout="packed", packed_q=True, seqlen_k=0), B200) is None
+    assert can_implement(problem(seqused=True), B200) is None
     assert can_implement(problem(head_dim=192, window_right=0, skip=True, sink=True), B200) is None
     refused: dict[str, dict[str, Any]] = {
-        "dense keys": {"layout": "packed"},
+        "got paged": {"layout": "paged"},
         "got torch.float32": {"dtype": torch.float32},
         r"got \(64, 128\)": {"head_dim": 64},
         "at least one": {"seqlen_k": 0},

@@ -171,12 +171,12 @@ def test_emulate_fails_on_wrong_numbers(capsys, monkeypatch):
     host = launch.KERNELS[0]
     right = host.call_arguments
 
-    def wrong(problem, sms):
-        arguments = right(problem, sms)
+    def wrong(problem):
+        arguments = right(problem)
 
         def of(call):
-            *tensors, scalars, ctas = arguments(call)
-            return (*tensors, (scalars[0] * 1.05, *scalars[1:]), ctas)
+            *tensors, scalars = arguments(call)
+            return (*tensors, (scalars[0] * 1.05, *scalars[1:]))
 
         return of
 

@@ -11,7 +11,6 @@ import torch
 from cute_fmha import SkipStats, attention, dispatch, epilogues
 from cute_fmha.emulator import Policy, backend, emulated_calls, emulating
 from cute_fmha.emulator.build import BuildError
-from cute_fmha.emulator.capture import Device
 from cute_fmha.kernels.blackwell import build
 from cute_fmha.problem import SkipSoftmax
 from cute_fmha.testing import (
@@ -21,6 +20,7 @@ from cute_fmha.testing import (
     Tiles,
     check,
     dense_case,
+    packed_case,
     skip_friendly,
 )
 
@@ -108,13 +108,21 @@ def test_output_dtype_is_the_epilogues():
     check(case, out, lse)
 
 
-def test_a_device_of_few_sms():
-    """One CTA works through several tiles."""
+def test_work_is_taken_over():
+    """One CTA works through all tiles: two blocks of rows of four heads of two sequences."""
     case = dense_case(2, 300, 200, GQA, Options(causal=True), Source(FP16))
-    with emulated_calls(Policy("lazy"), Device(sms=3)) as reports:
+    with emulated_calls(Policy("lazy", resident=1)) as reports:
         out, lse = case.run(backend="emulator")
     check(case, out, lse)
-    assert reports[0].launches[0].grid == (3, 1, 1)
+    assert reports[0].launches[0].grid == (16, 1, 1)
+
+
+def test_packed_sequences():
+    case = packed_case((130, 0, 7, 50), (40, 3, 300, 0), GQA, Options(causal=True), Source(BF16))
+    with emulated_calls(Policy("random", seed=3, strict_tmem_load=True)) as reports:
+        out, lse = case.run(backend="emulator")
+    check(case, out, lse)
+    assert len(reports[0].launches) == 1
 
 
 def test_inside_emulating_calls_belong_to_the_program():

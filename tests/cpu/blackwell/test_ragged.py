@@ -15,10 +15,14 @@ import cutlass.cute as cute  # noqa: E402
 from cutlass import Float32, Int32, Int64  # noqa: E402
 from cutlass.cute.nvgpu import cpasync, tcgen05  # noqa: E402
 
-from cute_fmha.emulator.capture import compile_kernel, emulate  # noqa: E402
+from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate  # noqa: E402
 from cute_fmha.kernels.blackwell.ragged import cut, ragged  # noqa: E402
 
 ROWS, WIDTH = 64, 64
+
+
+def tensor(x):
+    return device_tensor(x, 16).mark_layout_dynamic(leading_dim=x.dim() - 1)
 
 
 class CopySequence:
@@ -96,7 +100,7 @@ def test_rows_past_the_end(heads, group):
     x = torch.full((total, heads, WIDTH), math.nan, dtype=torch.bfloat16)
     sums = torch.zeros(-(-total * group // ROWS), heads // group, 32)
     compiled = compile_kernel(
-        CopySequence(group), *map(harness.tensor, (x, x.clone(), sums)), Int32(0), Int32(1)
+        CopySequence(group), *map(tensor, (x, x.clone(), sums)), Int32(0), Int32(1)
     )
     for start, length in ((0, 1), (0, 70), (40, 64), (87, 63), (0, 150), (149, 1)):
         rows = slice(start, start + length)
@@ -109,7 +113,7 @@ def test_rows_past_the_end(heads, group):
         for policy in harness.POLICIES[:3]:
             y = torch.full_like(x, 7.0)
             sums.fill_(math.nan)
-            arguments = map(harness.tensor, (x, y, sums))
+            arguments = map(tensor, (x, y, sums))
             emulate(compiled, *arguments, Int32(start), Int32(length), policy=policy)
             assert torch.equal(y, expected)
             assert torch.equal(sums[: len(tiles)], torch.stack([tile.sum(0) for tile in tiles]))

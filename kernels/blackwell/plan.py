@@ -81,7 +81,7 @@ class Plan:
     v_stages: int = 2
     o_stages: int = 2
     ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
-    pack: int = 1
+    pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
     rescale_threshold: float = 8.0
 
     def __post_init__(self) -> None:
@@ -183,6 +183,26 @@ def make_plan(
             except ValueError:
                 return plan
     return plan
+
+
+def packed_heads(problem: Problem, tile_rows: int) -> int:
+    """Heads of a group to pack into Q tiles, of which a work tile has ``tile_rows`` rows; 1: none.
+
+    Packed, the rows of a group fill tiles together: short sequences, and the ends of long ones,
+    leave fewer rows empty. A tile has fewer positions, so that with a causal mask fewer of its
+    scores lie beyond the diagonal. Against it stands that all rows of a tile must agree before a KV
+    tile is left out, by skip-softmax or a block mask: heads together agree less often, so there
+    packing has to save a quarter of the work tiles.
+
+    A box of the TMA holds whole positions: the group must divide a Q tile.
+    """
+    group = problem.group
+    if group == 1 or Plan.tile_m % group:
+        return 1
+    together = -(-problem.seqlen_q * group // tile_rows)
+    apart = -(-problem.seqlen_q // tile_rows) * group
+    decides = problem.skip or problem.block_mask is not None
+    return group if not decides or 4 * together < 3 * apart else 1
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

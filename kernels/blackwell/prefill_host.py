@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan
+from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan, packed_heads
 from cute_fmha.problem import Problem
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ def plan_of(problem: Problem) -> Plan:
         packed=problem.packed_q,
         used=problem.seqused,
     )
-    return make_plan(
+    plan = make_plan(
         problem.head_dim, problem.head_dim_v, problem.dtype, problem.out_dtype, features
     )
+    return replace(plan, pack=packed_heads(problem, plan.work_rows))
 
 
 def skip_tiles(plan: Plan) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from cute_fmha.kernels.blackwell.plan import (
     Role,
     can_implement,
     make_plan,
+    packed_heads,
 )
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap, attention_map
 from cute_fmha.problem import Problem, Target
@@ -99,6 +100,16 @@ def test_what_can_be_implemented():
     for reason, changes in refused.items():
         assert re.search(reason, can_implement(problem(**changes), B200) or "")
     assert "10.0 or 10.3" in (can_implement(problem(), Target("cuda", 90, 132)) or "")
+
+
+def test_when_heads_are_packed():
+    rows = 256
+    assert packed_heads(problem(), rows) == 4
+    assert packed_heads(problem(heads_q=2), rows) == 1
+    assert packed_heads(problem(heads_q=6), rows) == 1, "3 heads do not divide 128 rows"
+    for decides in ({"skip": True}, {"block_mask": (64, 64)}):
+        assert packed_heads(problem(**decides), rows) == 1, "full tiles without packing"
+        assert packed_heads(problem(seqlen_q=70, **decides), rows) == 4, "2 work tiles for 4"
 
 
 @pytest.mark.parametrize("dims", HEAD_DIMS)

@@ -53,6 +53,7 @@ Constraints: `mla_decode_plan.can_implement`.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import cutlass
@@ -61,8 +62,9 @@ from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_epilogue import epilogue, write
+from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE_WARPS, combine, epilogue, write
 from cute_fmha.kernels.blackwell.mla_decode_load import load
 from cute_fmha.kernels.blackwell.mla_decode_mma import mma
 from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES, Global, Shared, Work
@@ -71,6 +73,7 @@ from cute_fmha.kernels.blackwell.mla_decode_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_swap import swap
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.ragged import ragged
+from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
 
 
 def swizzled(bits: int, shape: Any, stride: Any) -> cute.ComposedLayout:
@@ -115,6 +118,7 @@ class MlaDecode:
         # a pair 256 h + x.
         rows, half = mO.shape[1] * mO.shape[2], plan.head_dim_v // (2 if plan.pair else 4)
         counts = (half // plan.chunk, plan.head_dim_v // 2 // half)
+        mOut = mO
         # (ROW, CHUNK_COLUMN, HALF, CHUNKS, BATCH)
         mO = cute.make_tensor(
             mO.iterator,
@@ -129,11 +133,13 @@ class MlaDecode:
             (ROWS, plan.chunk, 2),
         )  # fmt: skip
         mem = Global(
-            mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, mLSE, mSink, mSkip, mStats
+            mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, mOut, mLSE, mSink, mSkip,
+            mStats, mCounters, mPartial,
+        )  # fmt: skip
+        clusters = most_workers(
+            plan.cutting, rows, mQ.shape[0], mTable.shape[1] * mKV.shape[0], scalars.num_splits
         )
-        clusters = cutlass.min(
-            cute.ceil_div(rows, plan.rows) * mQ.shape[0], cutlass.max(ctas // plan.ctas, 1)
-        )
+        clusters = cutlass.min(clusters, cutlass.max(ctas // plan.ctas, 1))
         self.kernel(mem, scalars).launch(
             grid=(clusters * plan.ctas, 1, 1), block=(plan.threads, 1, 1),
             cluster=(plan.ctas, 1, 1), min_blocks_per_mp=1,
@@ -172,7 +178,6 @@ class MlaDecode:
         storage = cutlass.utils.SmemAllocator().allocate(self.storage())
         shared = self.shared(storage)
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
         mma_warp, load_warp, store_warp = (
             plan.role(name).warps[0] for name in ("mma", "load", "store")
@@ -186,28 +191,33 @@ class MlaDecode:
         if warp == mma_warp:
             cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem, is_two_cta=plan.pair)
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=plan.pair)
+        if warp == store_warp:
+            Work(plan, mem, scalars).begin(shared.sFound)
         self.meet()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
 
-        work = Work(plan, mem, scalars, rank)
+        work = functools.partial(Work, plan, mem, scalars, shared.sFound)
         if warp < plan.role("softmax").warps[-1] + 1:
             cute.arch.setmaxregister_increase(plan.role("softmax").registers)
-            softmax(plan, work, mem, shared, scalars, tmem, barriers.of("softmax"))
+            softmax(plan, work(), mem, shared, scalars, tmem, barriers.of("softmax"))
         elif warp < plan.role("epilogue").warps[-1] + 1:
             cute.arch.setmaxregister_decrease(plan.role("epilogue").registers)
-            epilogue(plan, work, self.store, mem, shared, scalars, tmem, barriers.of("epilogue"))
+            epilogue(plan, work(), self.store, mem, shared, scalars, tmem, barriers.of("epilogue"))
         elif warp < plan.role("idle").warps[-1] + 1:
             cute.arch.setmaxregister_decrease(plan.role("mma").registers)
-            if warp == mma_warp and rank == 0:
-                mma(plan, work, shared, tmem, barriers.of("mma"))
+            if warp == mma_warp:
+                mma(plan, work(), shared, tmem, barriers.of("mma"))
             elif warp == load_warp:
-                load(plan, work, mem, shared, barriers.of("load"))
+                load(plan, work(), mem, shared, barriers.of("load"))
             elif warp == store_warp:
-                write(plan, work, self.store, mem, shared, barriers.of("store"))
+                write(plan, work(), self.store, mem, shared, barriers.of("store"))
         elif cutlass.const_expr(plan.pair):
             cute.arch.setmaxregister_increase(plan.role("swap").registers)
             if warp < plan.role("swap").warps[-1] + 1:
-                swap(plan, work, shared, barriers.of("swap"))
+                swap(plan, work(), shared, barriers.of("swap"))
+        if cutlass.const_expr(plan.cut is not Cut.WHOLE):  # noqa: SIM102  (compile and run time)
+            if warp < COMBINE_WARPS:
+                combine(work(), self.out_dtype, warp)
         self.meet()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)
@@ -241,6 +251,7 @@ class MlaDecode:
             "sRowMax": cute.struct.MemRange[Float32, ROWS],
             "sKeep": cute.struct.MemRange[Int32, 2 * plan.ctas],
             "sKept": cute.struct.MemRange[Int32, 1],
+            "sFound": cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16],
             "barriers": cute.struct.MemRange[Int64, self.topology.size],
             "tmem": Int32,
         }
@@ -277,4 +288,5 @@ class MlaDecode:
             sRowMax=storage.sRowMax.get_tensor(cute.make_layout(ROWS)),
             sKeep=storage.sKeep.get_tensor(cute.make_layout((2, plan.ctas), stride=(plan.ctas, 1))),
             sKept=storage.sKept.get_tensor(cute.make_layout(1)),
+            sFound=storage.sFound.get_tensor(cute.make_layout(FOUND)),
         )

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, lane_address
 from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, with_sink
+from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, packed, scaled, with_sink
+from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 LN2 = math.log(2.0)
+
+
+COMBINE_WARPS = 8
+"""Warps that reduce partial results when their pieces are done: softmax and epilogue."""
+
+PARTIAL, COMBINE = 4, 5
+"""Named barriers: of the epilogue warpgroup, and of the warps that reduce."""
 
 
 @cute.jit
@@ -23,21 +35,20 @@ def epilogue(
     plan: MlaPlan, work: Work, store: Store, mem: Global, shared: Shared, scalars: Scalars,
     tmem: cute.Pointer, barriers: Barriers,
 ):  # fmt: skip
-    """Reads: O, sTotal, sRowMax. Writes: the chunk buffers, LSE.
+    """Reads: O, sTotal, sRowMax. Writes: the chunk buffers, LSE; of a part of a work tile its
+    partial result.
     Waits: stats_full, o_full, chunk_empty. Signals: stats_empty, o_empty, chunk_full.
     Registers: 152."""
     thread = cute.arch.thread_idx()[0] % 128
     tO = lane_address(tmem, thread) + plan.tmem["O"].start
     phase = Int32(0)
     chunk = Cursor(plan.o_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
-        keys = work.keys(tile)
-        position, head, exists = work.position(tile, thread % ROWS)
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.pieces.piece(place)
         empty = Boolean(True)
         total, row_max = Float32(0.0), Float32(EMPTY)
-        if keys.end > keys.begin:
+        if piece.end > piece.begin:
             barriers.wait("stats_full", phase)
             total = shared.sTotal[thread] + shared.sTotal[thread ^ ROWS]
             row_max = shared.sRowMax[thread % ROWS]
@@ -46,20 +57,82 @@ def epilogue(
             barriers.wait_tmem("o_full", phase)
             phase = phase ^ 1
         maximum_log2 = row_max * scalars.scale_log2
-        left = Float32(1.0)
-        if cutlass.const_expr(plan.features.sink):
-            maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
-        nothing = total == 0.0
-        scale = 0.0 if nothing else left * cute.arch.rcp_approx(total)
-        chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
-        if keys.end > keys.begin:
+        if piece.exists != 0:
+            if piece.whole != 0:
+                scale = outcome(work, piece, thread % ROWS, maximum_log2, total, thread < ROWS)
+                chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
+            elif cutlass.const_expr(plan.cut is not Cut.WHOLE):
+                partial(work, place, piece, tO, thread, empty, maximum_log2, total)
+        if piece.end > piece.begin:
             barriers.arrive_tmem("o_empty")
-        if cutlass.const_expr(plan.features.lse):
-            lse = -Float32.inf
-            if not nothing:
-                lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
-            if exists and thread < ROWS:
-                mem.mLSE[tile.batch, head, position] = lse
+        place = work.pieces.next(place, piece)
+
+
+@cute.jit
+def outcome(
+    work: Work, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
+):
+    """The factor that normalises a row of O; its LSE is stored where ``tell``."""
+    mem, features = work.mem, work.plan.features
+    position, head, exists = work.position(piece, row)
+    left = Float32(1.0)
+    if cutlass.const_expr(features.sink):
+        maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
+    nothing = total == 0.0
+    if cutlass.const_expr(features.lse):
+        lse = -Float32.inf
+        if not nothing:
+            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+        if exists & tell:
+            mem.mLSE[piece.batch, head, position] = lse
+    return 0.0 if nothing else left * cute.arch.rcp_approx(total)
+
+
+@cute.jit
+def partial(
+    work: Work, place: Place, piece: Piece, tO: Int32, thread: Int32, empty: Boolean,
+    maximum_log2: Float32, total: Float32,
+):  # fmt: skip
+    """The partial result of a piece, and its announcement."""
+    plan, splitkv = work.plan, work.splitkv
+    row, half = thread % ROWS, thread // ROWS
+    slot = splitkv.own_address(work.workspace, work.pieces, place, piece)
+    width = 32
+    for c in cutlass.range_constexpr(0, plan.head_dim_v // 2, width):
+        values = [Float32(0.0)] * width
+        if not empty:
+            values = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
+        splitkv.write(slot, row, plan.value_column(c, half), values)
+    if thread < ROWS:
+        splitkv.write_row(slot, row, maximum_log2, total)
+    ptx.barrier_sync(Int32(PARTIAL), 128)
+    if thread == 0:
+        splitkv.arrive(work.workspace, work.pieces, place, piece)
+
+
+@cute.jit
+def combine(work: Work, out_dtype: Any, warp: Int32):
+    """Reduce partial results and store what comes of them."""
+    work.splitkv.combine(
+        work.workspace, work.pieces, warp, COMBINE_WARPS, COMBINE,
+        functools.partial(reduced, work, out_dtype),
+    )  # fmt: skip
+
+
+@cute.jit
+def reduced(
+    work: Work, out_dtype: Any, piece: Piece, row: Int32, column: Int32, values,
+    maximum_log2: Float32, total: Float32,
+):  # fmt: skip
+    """Normalise and store neighbouring columns of a row."""
+    mO = work.mem.mO
+    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
+    position, head, exists = work.position(piece, row)
+    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, column), mO.layout)).toint()
+    result = scaled(values, scale)
+    words = result if cutlass.const_expr(out_dtype is Float32) else packed(result, out_dtype)
+    for first in cutlass.range_constexpr(0, len(words), 4):
+        ptx.store_global(start + first * 4, words[first : first + 4], exists)
 
 
 @cute.jit
@@ -67,13 +140,15 @@ def write(plan: MlaPlan, work: Work, store: Store, mem: Global, shared: Shared, 
     """Reads: the chunk buffers. Writes: O in global memory by TMA.
     Waits: chunk_full. Signals: chunk_empty. Registers: 120."""
     chunk = Cursor(plan.o_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
-        # (ROW, CHUNK_COLUMN, HALF, CHUNKS)
-        gO = cute.local_tile(
-            mem.mO[None, None, None, None, tile.batch], (ROWS, plan.chunk, 2),
-            (tile.first_row // ROWS + work.rank, 0, 0, None),
-        )  # fmt: skip
-        chunk = store.consume(mem.tma_o, cute.group_modes(gO, 0, 2), shared.sO, barriers, chunk)
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.pieces.piece(place)
+        if piece.exists != 0 and piece.whole != 0:
+            # (ROW, CHUNK_COLUMN, HALF, CHUNKS)
+            gO = cute.local_tile(
+                mem.gO[None, None, None, None, piece.batch], (ROWS, plan.chunk, 2),
+                (piece.block * plan.ctas + work.rank, 0, 0, None),
+            )  # fmt: skip
+            chunk = store.consume(mem.tma_o, cute.group_modes(gO, 0, 2), shared.sO, barriers, chunk)
+        place = work.pieces.next(place, piece)
     cute.arch.cp_async_bulk_wait_group(0)

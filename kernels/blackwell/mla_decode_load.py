@@ -10,10 +10,11 @@ from cutlass import Int32
 from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, WorkTile
+from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.ragged import cut
+from cute_fmha.kernels.blackwell.worklist import Piece
 
 ABSENT = -1
 """A page that no cache has: its row arrives as zeros."""
@@ -28,15 +29,14 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
     arrive as zeros, whatever memory holds there."""
     kind = Gathers if plan.gather else Boxes
     k, rope = Cursor(plan.stages), Cursor(plan.rope_stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
-        keys = work.keys(tile)
-        found = lookup(work, tile, keys.begin)
-        for n in cutlass.range(keys.begin, keys.end, unroll=1):
-            boxes = kind(work, shared, tile, n, found)
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.pieces.piece(place)
+        found = lookup(work, piece, piece.begin)
+        for n in cutlass.range(piece.begin, piece.end, unroll=1):
+            boxes = kind(work, shared, piece, n, found)
             # The block table is read a tile ahead of its use.
-            found = lookup(work, tile, n + 1)
+            found = lookup(work, piece, n + 1)
             if cutlass.const_expr(plan.rope):
                 barriers.wait("rope_empty", rope.empty_phase, rope.index)
                 bar = announce(work, barriers, "rope_full", UNIT_BYTES, rope.index)
@@ -48,6 +48,7 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
                 target = shared.sLatent[None, None, None, k.index]
                 boxes.fetch(half * plan.half_units, target, bar)
                 k = k.next()
+        place = work.pieces.next(place, piece)
     # The last releases come from the tensor core: stay until they are in.
     for _stage in cutlass.range_constexpr(plan.stages):
         barriers.wait("k_empty", k.empty_phase, k.index)
@@ -68,7 +69,7 @@ def announce(work: Work, barriers: Barriers, name: cutlass.Constexpr, size: int,
 
 
 @cute.jit
-def lookup(work: Work, tile: WorkTile, n: Int32):
+def lookup(work: Work, piece: Piece, n: Int32):
     """What a lane looks up in the block table for tile ``n``: (page, first row there) of box
     ``lane``; where rows are gathered, those of keys ``lane`` and ``lane`` + 32.
 
@@ -79,28 +80,28 @@ def lookup(work: Work, tile: WorkTile, n: Int32):
         found = [Int32(ABSENT), Int32(ABSENT)]
         for half in cutlass.range_constexpr(2):
             key = first + half * 32 + lane
-            if key < tile.seqlen_k:
-                found[half] = mem.mTable[tile.batch, key]
+            if key < piece.length:
+                found[half] = mem.mTable[piece.batch, key]
     else:
         page_rows = plan.page_size or mem.mKV.shape[0]
         key = first + cutlass.min(lane, plan.boxes - 1) * plan.box_rows
         number = key // page_rows
         found = [Int32(0), key - number * page_rows]
-        if key < tile.seqlen_k:
-            found[0] = mem.mTable[tile.batch, number]
+        if key < piece.length:
+            found[0] = mem.mTable[piece.batch, number]
     return found
 
 
 class Boxes:
     """The boxes of a tile, cut where the sequence ends, from what `lookup` gave the lanes."""
 
-    def __init__(self, work: Work, shared: Shared, tile: WorkTile, n: Int32, found: Any) -> None:
+    def __init__(self, work: Work, shared: Shared, piece: Piece, n: Int32, found: Any) -> None:
         self.plan, self.mem = work.plan, work.mem
         page, first_row = found
         # (PAGE_ROW, UNIT_COLUMN, UNIT) each, from the box's first row on
         self.sources = []
         for box in range(self.plan.boxes):
-            left = tile.seqlen_k - work.first_key(n) - box * self.plan.box_rows
+            left = piece.length - work.first_key(n) - box * self.plan.box_rows
             rows = cutlass.max(cutlass.min(left, self.plan.box_rows), 0)
             source = self.mem.mKV[None, None, None, cute.arch.shuffle_sync(page, box), None]
             self.sources.append(cut(source, 0, cute.arch.shuffle_sync(first_row, box), rows))
@@ -127,7 +128,7 @@ class Boxes:
 class Gathers:
     """The rows of a tile, four at a time, from what `lookup` gave the lanes."""
 
-    def __init__(self, work: Work, shared: Shared, tile: WorkTile, n: Int32, found: Any) -> None:
+    def __init__(self, work: Work, shared: Shared, piece: Piece, n: Int32, found: Any) -> None:
         self.plan = work.plan
         self.tensor_map = ptx.tensor_map(work.mem.tma_latent)
         self.tokens = shared.sTokens.iterator.toint()

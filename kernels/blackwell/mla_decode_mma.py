@@ -102,9 +102,9 @@ def mma(plan: MlaPlan, work: Work, shared: Shared, tmem: cute.Pointer, barriers:
     ready = Cursor(2)
     s = Cursor(2)
     q_phase, s_phase, o_phase = Int32(0), Int32(0), Int32(0)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        keys = work.keys(work.tile(index))
+    place = work.pieces.start
+    while work.rank == 0 and work.pieces.more(place):
+        keys = work.pieces.piece(place)
         fresh = Boolean(True)
         if keys.end > keys.begin:
             barriers.wait_tmem("q_full", q_phase)
@@ -157,3 +157,4 @@ def mma(plan: MlaPlan, work: Work, shared: Shared, tmem: cute.Pointer, barriers:
                 v = following.next()
         if keys.end > keys.begin:
             barriers.commit("o_full")
+        place = work.pieces.next(place, keys)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology
 from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Features, Role
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
@@ -44,6 +46,7 @@ class MlaPlan:
     features: Features
     page_size: int = 64
     pair: bool = False
+    cut: Cut = Cut.WHOLE
     stages: int = 5
     rope_stages: int = 2
     p_stages: int = 2
@@ -83,6 +86,22 @@ class MlaPlan:
     def p_units(self) -> int:
         """Units of a tile of P: 64 rows × 64 keys."""
         return self.tile_n // UNIT
+
+    @property
+    def cutting(self) -> Cutting:
+        """How work tiles are cut into pieces; a worker is a cluster."""
+        features = self.features
+        # 128 keys to begin a work tile, and for the least piece.
+        few = 128 // self.tile_n
+        return Cutting(
+            self.cut, self.rows, self.tile_n, features.window_left, features.window_right, few, few
+        )
+
+    @property
+    def slots(self) -> Slots:
+        """Partial results: a thread that writes them has a row."""
+        few = 2 if self.pair else 4
+        return Slots(ROWS, self.head_dim_v, row_minor=True, ranks=self.ctas, at_a_time=few)
 
     @property
     def s_columns(self) -> int:
@@ -134,6 +153,13 @@ class MlaPlan:
                 Region("Q", s_end, self.q_tmem_units * UNIT // 2),
             )
         )
+
+    def value_column(self, column: int, half: Any) -> Any:
+        """The column of a V row that TMEM column ``column`` of O has in a half of the lanes."""
+        if self.pair:
+            return half * self.head_dim_v // 2 + column
+        quarter = self.head_dim_v // 4
+        return column // quarter * 2 * quarter + half * quarter + column % quarter
 
     # ------------------------------------------------------------------ pages and TMA boxes
 
@@ -215,14 +241,14 @@ class MlaPlan:
 
 
 def make_plan(
-    head_dim: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features,
-    page_size: int, rows: int,
+    head_dim: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features, page_size: int,
+    rows: int, cut: Cut = Cut.WHOLE,
 ) -> MlaPlan:  # fmt: skip
     """The plan for sequences of ``rows`` rows: a pair of CTAs where there are more than 64."""
     pair = rows > ROWS
     page_size = page_size if page_size in (1, 16, 32, 64, 128) else 0
     return MlaPlan(
-        head_dim, 512, dtype, out_dtype, features, page_size, pair,
+        head_dim, 512, dtype, out_dtype, features, page_size, pair, cut,
         p_stages=1 if pair else 2, o_stages=1 if pair else 2,
     )  # fmt: skip
 

@@ -20,10 +20,8 @@ from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_operands import (
     DTYPES,
     Global,
-    Keys,
     Shared,
     Work,
-    WorkTile,
     lane_address,
 )
 from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, UNIT, UNIT_BYTES, MlaPlan
@@ -40,6 +38,7 @@ from cute_fmha.kernels.blackwell.softmax import (
     row_sum,
     scaled,
 )
+from cute_fmha.kernels.blackwell.worklist import Piece
 
 PAIR = 1
 """First of two named barriers: of warps 0 and 2, and of warps 1 and 3."""
@@ -91,20 +90,19 @@ def softmax(
     thread = cute.arch.thread_idx()[0] % 128
     progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
     stats_phase = Int32(0)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        tile = work.tile(index)
-        keys = work.keys(tile)
-        position, head, exists = work.position(tile, thread % ROWS)
-        if keys.end > keys.begin:
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.pieces.piece(place)
+        position, head, exists = work.position(piece, thread % ROWS)
+        if piece.end > piece.begin:
             values = scalars
             if cutlass.const_expr(plan.features.skip):
-                values = scalars._replace(skip=threshold(plan, mem, scalars, tile))
+                values = scalars._replace(skip=threshold(plan, mem, scalars, piece))
             group = Group(work, shared, values, tmem, barriers, thread)
-            fetch_query(group, mem.mQ[tile.batch, position, head, None], exists)
+            fetch_query(group, mem.mQ[piece.batch, position, head, None], exists)
             running = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
             state = RowState(Float32(EMPTY), Float32(0.0), running)
-            state, progress = row(group, tile, keys, position, state, progress)
+            state, progress = row(group, piece, position, state, progress)
             barriers.wait("stats_empty", stats_phase ^ 1)
             stats_phase = stats_phase ^ 1
             shared.sTotal[thread] = state.total
@@ -113,6 +111,7 @@ def softmax(
             if thread == 0:
                 shared.sKept[0] = progress.kept
             barriers.arrive("stats_full")
+        place = work.pieces.next(place, piece)
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
         if thread == 0 and work.rank == 0:
             cute.arch.atomic_add(mem.mStats.iterator, Int64(progress.skipped))
@@ -120,13 +119,13 @@ def softmax(
 
 
 @cute.jit
-def threshold(plan: MlaPlan, mem: Global, scalars: Scalars, tile: WorkTile):
+def threshold(plan: MlaPlan, mem: Global, scalars: Scalars, piece: Piece):
     """log2 λ of a sequence, in units of raw scores."""
     skip = scalars.skip
     if cutlass.const_expr(plan.features.skip_tensor):
         skip = mem.mSkip[0]
     if cutlass.const_expr(plan.features.skip_relative):
-        skip = skip / Float32(tile.seqlen_k)
+        skip = skip / Float32(piece.length)
     return raw_threshold(skip, scalars.scale_log2)
 
 
@@ -157,23 +156,23 @@ def fetch_query(group: Group, gQ: cute.Tensor, exists: Boolean) -> None:
 
 
 @cute.jit
-def row(group: Group, tile: WorkTile, keys: Keys, position: Int32, state, progress):
-    """All KV tiles of a work tile: (state, progress)."""
+def row(group: Group, piece: Piece, position: Int32, state, progress):
+    """All KV tiles of a piece: (state, progress)."""
     plan = group.work.plan
     progress = replace(progress, kept=Int32(0))
     if cutlass.const_expr(plan.features.window_left):
-        for n in cutlass.range(keys.begin, keys.full_begin, unroll=1):
-            state, progress = step(group, tile, position, n, state, progress, True)
-    for n in cutlass.range(keys.full_begin, keys.full_end, unroll=1):
-        state, progress = step(group, tile, position, n, state, progress, False)
-    for n in cutlass.range(keys.full_end, keys.end, unroll=1):
-        state, progress = step(group, tile, position, n, state, progress, True)
+        for n in cutlass.range(piece.begin, piece.full_begin, unroll=1):
+            state, progress = step(group, piece, position, n, state, progress, True)
+    for n in cutlass.range(piece.full_begin, piece.full_end, unroll=1):
+        state, progress = step(group, piece, position, n, state, progress, False)
+    for n in cutlass.range(piece.full_end, piece.end, unroll=1):
+        state, progress = step(group, piece, position, n, state, progress, True)
     return state, progress
 
 
 @cute.jit
 def step(
-    group: Group, tile: WorkTile, position: Int32, n: Int32, state, progress,
+    group: Group, piece: Piece, position: Int32, n: Int32, state, progress,
     masked: cutlass.Constexpr,
 ):  # fmt: skip
     """One KV tile of half a row: (state, progress)."""
@@ -192,7 +191,7 @@ def step(
         scores = capped(scores, scalars.cap_inner)
     if cutlass.const_expr(masked):
         first_key = n * plan.tile_n + thread // ROWS * columns
-        lengths = work.mem.mQ.shape[1], tile.seqlen_k
+        lengths = work.mem.mQ.shape[1], piece.length
         scores = mask_row(scores, position, first_key, lengths, work.window())
     own = row_maximum(scores, Float32(-Float32.inf))
     shared.sMax[thread, turn] = own

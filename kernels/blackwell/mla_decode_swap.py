@@ -35,9 +35,9 @@ def swap(plan: MlaPlan, work: Work, shared: Shared, barriers: Barriers):
     own = shared.sLatent.iterator.toint() + cute.arch.thread_idx()[0] % 64 * 16
     other = ptx.map_shared(own, work.rank ^ 1)
     s, exchange, k = Cursor(2), Cursor(2), Cursor(plan.stages)
-    first_work, works, step = work.indices()
-    for index in cutlass.range(first_work, works, step, unroll=1):
-        keys = work.keys(work.tile(index))
+    place = work.pieces.start
+    while work.pieces.more(place):
+        keys = work.pieces.piece(place)
         for _ in cutlass.range(keys.begin, keys.end, unroll=1):
             first, second = k.index, k.next().index
             k = k.next().next()
@@ -51,14 +51,15 @@ def swap(plan: MlaPlan, work: Work, shared: Shared, barriers: Barriers):
                 given = second if work.rank == 0 else first
                 taken = first if work.rank == 0 else second
                 source, target = own + given * plan.half_bytes, other + taken * plan.half_bytes
-                pieces = []
+                words = []
                 for offset in cutlass.range_constexpr(0, plan.half_bytes, STEP):
-                    pieces.append(ptx.load_shared(source, offset=offset))
+                    words.append(ptx.load_shared(source, offset=offset))
                 barriers.arrive("given", exchange.index)
                 barriers.wait("given", exchange.phase, exchange.index)
                 exchange = exchange.next()
-                for i in cutlass.range_constexpr(len(pieces)):
-                    ptx.store_cluster(target, pieces[i], i * STEP)
+                for i in cutlass.range_constexpr(len(words)):
+                    ptx.store_cluster(target, words[i], i * STEP)
                 cute.arch.fence_proxy("async.shared", space="cluster")
             barriers.arrive("swapped", s.index)
             s = s.next()
+        place = work.pieces.next(place, keys)

@@ -52,6 +52,15 @@ def opaque(value: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def cluster_rank(*, loc=None, ip=None) -> Int32:
+    """mov.u32 of %cluster_ctarank: read where it is asked for, so that nobody keeps it."""
+    result = _asm(
+        "mov.u32 $0, %cluster_ctarank;", [T.i32()], [], "=r", effects=True, loc=loc, ip=ip
+    )
+    return Int32(result)
+
+
+@dsl_user_op
 def tcgen05_fence_before(*, loc=None, ip=None) -> None:
     """tcgen05.fence::before_thread_sync: own tcgen05 operations before a later arrive."""
     nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
@@ -461,3 +470,9 @@ def load_floats(address: Int64, *, loc=None, ip=None) -> list[Float32]:
         loc=loc, ip=ip,
     )  # fmt: skip
     return _floats(result, 4, loc, ip)
+
+
+@dsl_user_op
+def nanosleep(nanoseconds: int, *, loc=None, ip=None) -> None:
+    """nanosleep: between looks at memory that another CTA will write."""
+    _asm(f"nanosleep.u32 {nanoseconds};", [], [], "", effects=True, loc=loc, ip=ip)

@@ -28,11 +28,11 @@ what varies from run to run; the order in which a row's pieces are added depends
 only, and so do the result's bits.
 
 A unit is 16 columns of a row. A warp takes 32 / C neighbouring units at a time, its lanes in C
-classes: class q adds pieces q, q + C, q + 2 C, …, four at a time in flight, then the classes are
-added by butterflies. C is 1, 2, 4 or 8 for up to 4, 8, 16 or more pieces.
+classes: class q adds pieces q, q + C, q + 2 C, …, up to four in flight, then the classes are added
+by butterflies. C is 1, 2, 4 or 8 for up to 4, 8, 16 or more pieces.
 
 Workspace. int32 counters: started, left, a word for each work tile. FP32: for each slot of the work
-list and each CTA of a cluster O, m, l and a word, see `SplitKV`.
+list and each CTA of a cluster O, m, l and a word, see `cutting.Slots`.
 """
 
 from __future__ import annotations
@@ -46,18 +46,10 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.cutting import COLUMNS, LEFT, STARTED, WORDS, Cut, Slots
 from cute_fmha.kernels.blackwell.pipelines import Carried
 from cute_fmha.kernels.blackwell.softmax import scaled
-from cute_fmha.kernels.blackwell.worklist import Cut, Parts, Piece, Place, WorkList
-
-COLUMNS = 16
-"""Columns of a unit."""
-
-AT_A_TIME = 4
-"""Pieces of a class whose loads are in flight together."""
-
-STARTED, LEFT, WORDS = 0, 1, 2
-"""Counters: CTAs that have started and left; from there on the words."""
+from cute_fmha.kernels.blackwell.worklist import Parts, Piece, Place, WorkList
 
 _NONE = -3.0e38
 """Maximum of no piece: below that of a row that has seen no key."""
@@ -69,7 +61,7 @@ _DECLINED = -1
 class Workspace(NamedTuple):
     """Where partial results meet. ``rank`` of ``ranks``: the CTA in its cluster."""
 
-    mCounters: cute.Tensor  # (COUNTERS,): int32, zero between launches
+    mCounters: cute.Tensor  # (COUNTERS,): int32, zero between launches; see `cutting`
     mPartial: cute.Tensor  # (FLOATS,)
     rank: Int32
 
@@ -82,49 +74,8 @@ class Sum(Carried):
     total: Float32
 
 
-@dataclass(frozen=True)
-class SplitKV:
-    """Partial results of ``rows`` rows a CTA, of ``ranks`` CTAs to a worker.
-
-    A slot has O, m ``[rows]``, l ``[rows]``, the number of the stayer, and fills 16 bytes. O is
-    ``[Dv / 4, rows, 4]`` with ``row_minor``, for writers whose lanes have a row each, else
-    ``[rows, Dv]``; either way the lanes of a warp write and read neighbouring 16 bytes or more.
-    """
-
-    rows: int
-    head_dim_v: int
-    row_minor: bool
-    ranks: int = 1
-
-    def __post_init__(self) -> None:
-        units = self.rows * self.head_dim_v // COLUMNS
-        if self.head_dim_v % COLUMNS or units % 32 or self.rows % 4:
-            raise ValueError(
-                f"{self.rows} rows of {self.head_dim_v} columns are no multiple of 32 units of "
-                f"{COLUMNS} columns and 4 rows"
-            )
-
-    # ------------------------------------------------------------------ host
-
-    @property
-    def slot_floats(self) -> int:
-        return self.rows * (self.head_dim_v + 2) + 4
-
-    def slots(self, cut: Cut, workers: int, work_tiles: int, num_splits: int) -> int:
-        """Slots of a launch, all CTAs of a worker counted once."""
-        if cut is Cut.WHOLE:
-            return 0
-        return 2 * workers if cut is Cut.SHARE else work_tiles * num_splits
-
-    def floats(self, cut: Cut, workers: int, work_tiles: int, num_splits: int) -> int:
-        """FP32 elements of workspace that a launch needs."""
-        return self.slots(cut, workers, work_tiles, num_splits) * self.ranks * self.slot_floats
-
-    def counters(self, cut: Cut, workers: int, work_tiles: int) -> int:
-        """int32 counters that a launch needs."""
-        if cut is Cut.WHOLE:
-            return 0
-        return WORDS + self.ranks * (workers if cut is Cut.SHARE else work_tiles)
+class SplitKV(Slots):
+    """Partial results and their combine."""
 
     # ------------------------------------------------------------------ writing a partial result
 
@@ -214,6 +165,7 @@ class SplitKV:
                     )
                     state = cute.arch.load(word, Int32, sem="acquire", scope="gpu")
                     while state >= 0:
+                        ptx.nanosleep(32)
                         state = cute.arch.load(word, Int32, sem="acquire", scope="gpu")
                     stayers = state >> 16 & 0x7FFF
                     self.reduce(
@@ -246,7 +198,7 @@ class SplitKV:
                 row, column = unit % self.rows, unit // self.rows * COLUMNS
             state = Sum(Float32(_NONE), Float32(0.0))
             values = [Float32(0.0) for _ in range(COLUMNS)]
-            for piece_index in cutlass.range(own, count, AT_A_TIME << fold, unroll=1):
+            for piece_index in cutlass.range(own, count, self.at_a_time << fold, unroll=1):
                 state, values = self.add(
                     workspace, works, parts, row, column, piece_index, fold, state, values
                 )
@@ -262,7 +214,7 @@ class SplitKV:
     ):  # fmt: skip
         """The sum with the next pieces of a class, the first of them ``index``."""
         maxima, totals, loaded = [], [], []
-        for k in cutlass.range_constexpr(AT_A_TIME):
+        for k in cutlass.range_constexpr(self.at_a_time):
             turn = index + (k << fold)
             slot = self.address(workspace, works.slot(parts, cutlass.min(turn, parts.count - 1)))
             statistics = slot + 4 * self.rows * self.head_dim_v + Int64(row) * 4
@@ -274,12 +226,12 @@ class SplitKV:
                 columns += ptx.load_floats(slot + Int64(self.element(row, column + c)))
             loaded.append(columns)
         maximum = state.maximum
-        for k in cutlass.range_constexpr(AT_A_TIME):
+        for k in cutlass.range_constexpr(self.at_a_time):
             maximum = cute.arch.fmax(maximum, maxima[k])
         fade = ptx.exp2(state.maximum - maximum)
         total = state.total * fade
         values = scaled(values, fade)
-        for k in cutlass.range_constexpr(AT_A_TIME):
+        for k in cutlass.range_constexpr(self.at_a_time):
             weight = ptx.exp2(maxima[k] - maximum)
             total = total + weight * totals[k]
             values = plus(values, loaded[k], weight)

@@ -28,7 +28,6 @@ warp finds a worker's first place (`find`: two passes over the lengths, 32 at a 
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,8 +36,9 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from cute_fmha import tiling
+from cute_fmha.kernels.blackwell.cutting import Cut, Cutting
 from cute_fmha.kernels.blackwell.device import device_function
-from cute_fmha.kernels.blackwell.pipelines import Carried
+from cute_fmha.kernels.blackwell.pipelines import Carried, Fixed
 
 ceil_div = device_function(tiling.ceil_div)
 equal_share = device_function(tiling.equal_share)
@@ -47,37 +47,7 @@ split_tile_range = device_function(tiling.split_tile_range)
 tiles_before_cut = device_function(tiling.tiles_before_cut)
 
 FOUND = 4
-"""int32 words of shared memory that `WorkList.find` writes."""
-
-
-class Cut(enum.Enum):
-    """Where work tiles are cut; see the module docstring."""
-
-    WHOLE = "whole"
-    FIXED = "fixed"
-    SHARE = "share"
-
-
-@dataclass(frozen=True)
-class Cutting:
-    """What is known when a kernel is compiled: rows of a work tile, keys of a KV tile, which window
-    sides there are; for SHARE the cost of beginning a work tile and the least piece, in KV tiles.
-    """
-
-    cut: Cut
-    rows: int
-    tile_n: int
-    window_left: bool = False
-    window_right: bool = False
-    overhead: int = 2
-    least: int = 2
-
-    def __post_init__(self) -> None:
-        if self.overhead < 1 or self.least < 1:
-            raise ValueError(
-                "places on the line are distinct and pieces are not empty: overhead and least are "
-                f"at least 1; got {self.overhead} and {self.least}"
-            )
+"""int32 words of shared memory, on 16 bytes, that `find` writes."""
 
 
 class Sizes(NamedTuple):
@@ -134,8 +104,9 @@ class Parts(Carried):
     word: Int32
 
 
-class WorkList:
-    """The pieces of one worker. ``found``: what `find` wrote, once it is visible to this thread."""
+class WorkList(Fixed):
+    """The pieces of one worker. ``found``: what `find` wrote, once it is visible to this thread;
+    without it, work that is cut by SHARE has no places yet."""
 
     def __init__(self, cutting: Cutting, sizes: Sizes, found: cute.Tensor | None = None) -> None:
         self.cutting = cutting
@@ -143,21 +114,15 @@ class WorkList:
         self.share = self.limit = Int32(0)
         self.start = Place(sizes.worker, Int32(0))
         if cutting.cut is Cut.SHARE:
-            assert found is not None
-            self.start = Place(found[0], found[1])
-            self.share, self.limit = found[2], found[3]
+            if found is not None:
+                self.start = Place(found[0], found[1])
+                self.share, self.limit = found[2], found[3]
         elif cutting.cut is Cut.FIXED:
             self.limit = self.work_tiles * sizes.num_splits
             self.start = Place(sizes.worker, sizes.worker // sizes.num_splits)
         else:
             self.limit = self.work_tiles
             self.start = Place(sizes.worker, sizes.worker)
-
-    def __extract_mlir_values__(self) -> list[Any]:
-        return []
-
-    def __new_from_mlir_values__(self, values: list[Any]) -> WorkList:
-        return self
 
     @property
     def total_rows(self) -> Int32:
@@ -296,10 +261,24 @@ class WorkList:
 
 
 @cute.jit
+def most_workers(
+    cutting: Cutting, total_rows: Int32, batch: Int32, longest: Int32, num_splits: Int32
+):
+    """Workers that can have work when no sequence has more than ``longest`` keys. Host code."""
+    work_tiles = ceil_div(total_rows, cutting.rows) * batch
+    if cutlass.const_expr(cutting.cut is Cut.FIXED):
+        work_tiles = work_tiles * num_splits
+    elif cutlass.const_expr(cutting.cut is Cut.SHARE):
+        cost = work_tiles * (ceil_div(longest, cutting.tile_n) + cutting.overhead)
+        work_tiles = ceil_div(cost, cutting.overhead + cutting.least)
+    return work_tiles
+
+
+@cute.jit
 def find(cutting: Cutting, sizes: Sizes, found: cute.Tensor):
     """Write the worker's first place, the share and where it ends to ``found``. One warp; nothing
     is to do unless work is cut by SHARE."""
-    works = WorkList(cutting, sizes, found)
+    works = WorkList(cutting, sizes)
     lane = cute.arch.lane_idx()
     batches = sizes.mLens.shape[0]
     total = Int32(0)

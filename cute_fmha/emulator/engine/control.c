@@ -270,7 +270,9 @@ static Status do_sleep(Warp *w, const Instr *in, uint32_t mask) {
     const uint32_t *t = src32(w, in, &in->args[0], mask);
     FOR_LANES(mask, lane) if (t[lane] > most) most = t[lane];
     w->now += most < 1000000 ? most : 1000000;
-    return NEXT;
+    w->machine->yielded = true;
+    w->fragment[w->current].pc++;
+    return JUMPED;
 }
 
 enum { CLOCK_CYCLES, CLOCK_HIGH, CLOCK_NANOSECONDS, CLOCK_NANOSECONDS_HIGH };

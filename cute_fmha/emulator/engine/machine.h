@@ -378,6 +378,7 @@ struct Machine {
     Counters counters;
     uint64_t *executed;                           /* [MAX_WARPS][program->n], over all CTAs */
     Event *events; int n_events, c_events;
+    bool yielded;                                 /* the running warp gives up the rest of its slice */
     bool progress;                                /* set by anything that can unblock a warp */
     bool forcing;                                 /* last resort: blocked fragments may be overtaken */
     bool (*tick)(uint64_t steps, uint64_t done_ctas, uint64_t ctas); /* progress callback; true stops */

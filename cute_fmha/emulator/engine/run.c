@@ -233,7 +233,8 @@ static uint32_t run_slice(Machine *machine, Warp *warp, uint32_t budget) {
     uint64_t *executed = machine->executed + (size_t)warp->index * (size_t)warp->program->n;
     const bool traced = warp->cta->id == machine->config.trace_cta;
     uint32_t done = 0, limit;
-    while (done < budget && warp->live && choose_fragment(machine, warp, &limit)) {
+    machine->yielded = false;
+    while (done < budget && warp->live && !machine->yielded && choose_fragment(machine, warp, &limit)) {
         Fragment *f = &warp->fragment[warp->current];
         const uint32_t mask = f->mask;
         uint32_t pc = f->pc, active = mask;
@@ -393,7 +394,7 @@ void run_grid(Machine *machine) {
         changed = false;
         if (!turns.n) break;
         if (random) shuffle_turns(machine, &turns);
-        bool ran = false, skipped = false;
+        bool ran = false, skipped = false, busy = false; /* busy: somebody did more than to sleep */
         for (int i = 0; i < turns.n && !machine->fatal; i++) {
             Warp *warp = turns.warp[i];
             uint32_t budget = slice;
@@ -409,6 +410,7 @@ void run_grid(Machine *machine) {
             if (!warp->live) changed = true;
             if (!done) continue;
             ran = true;
+            if (!machine->yielded) busy = true;
             machine->counters.steps += done;
             async_policy_step(machine);
         }
@@ -421,7 +423,7 @@ void run_grid(Machine *machine) {
                 stage = RUNNING;
                 machine->progress = machine->forcing = false;
                 spinning = 0;
-            } else if (++spinning == SPIN_ROUNDS) {
+            } else if ((spinning += busy ? 1 : SPIN_ROUNDS / 8) >= SPIN_ROUNDS) {
                 spinning = 0;
                 async_run_oldest(machine);
             }

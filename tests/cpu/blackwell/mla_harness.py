@@ -5,6 +5,7 @@ A kernel object has the ``plan`` it was made from, of which this file uses
     head_dim, head_dim_v, dtype, out_dtype, features   as in `cute_fmha.kernels.blackwell.plan`
     rows       rows (query position × head, position-major) of a work tile; a skip is decided by it
     tile_n     keys of a KV tile
+    cut, slots how work tiles are cut, and what partial results take (`kernels.blackwell.cutting`)
 
 and is called as ``kernel(mQ, mKV, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters,
 mPartial, scalars, ctas)``; see `arguments`. Every extent and stride is dynamic.
@@ -25,6 +26,7 @@ from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import SkipSoftmax
 from cute_fmha.testing import MlaCase, Options, Source, Tiles, check, mla_case
+from cute_fmha.tiling import ceil_div
 
 POLICIES = [
     Policy("eager", strict_tmem_load=True),
@@ -58,6 +60,14 @@ class Workspace:
     def make(floats: int = 1) -> Workspace:
         partial = torch.full((max(floats, 1),), math.nan)
         return Workspace(torch.zeros(COUNTERS, dtype=torch.int32), partial)
+
+
+def workspace_of(plan: Any, case: MlaCase, ctas: int, num_splits: int) -> Workspace:
+    """What a launch with at most ``ctas`` CTAs needs."""
+    batch, seqlen_q, heads, _ = case.q.shape
+    work_tiles = batch * ceil_div(seqlen_q * heads, plan.rows)
+    workers = ctas // plan.slots.ranks
+    return Workspace.make(plan.slots.floats(plan.cut, workers, work_tiles, num_splits))
 
 
 def case_of(
@@ -165,7 +175,7 @@ def run(
     lse = torch.full((batch, heads, seqlen_q), math.nan)
     sink = case.common.get("sink")
     stats = torch.zeros(2, dtype=torch.int64)
-    workspace = workspace or Workspace.make()
+    workspace = workspace or workspace_of(plan, case, ctas, num_splits)
     tensors = arguments(
         case, out, lse,
         torch.full((heads,), math.nan) if sink is None else sink,

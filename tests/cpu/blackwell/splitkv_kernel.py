@@ -19,9 +19,10 @@ from cutlass import Float32, Int32
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.cutting import COLUMNS, Cut, Cutting
 from cute_fmha.kernels.blackwell.softmax import EMPTY
-from cute_fmha.kernels.blackwell.splitkv import COLUMNS, SplitKV, Workspace
-from cute_fmha.kernels.blackwell.worklist import FOUND, Cut, Cutting, Sizes, WorkList, find
+from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
+from cute_fmha.kernels.blackwell.worklist import FOUND, Sizes, WorkList, find
 
 LN2 = math.log(2.0)
 WARPS = 4
@@ -80,7 +81,7 @@ class Fake:
     def kernel(self, mem: Tensors, values: Values):
         @cute.struct
         class Storage:
-            found: cute.struct.MemRange[Int32, FOUND]
+            found: cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16]
 
         storage = cutlass.utils.SmemAllocator().allocate(Storage)
         found = storage.found.get_tensor(cute.make_layout(FOUND))

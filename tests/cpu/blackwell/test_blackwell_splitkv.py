@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from cute_fmha.emulator.machine import Policy
+from cute_fmha.kernels.blackwell.cutting import Cut, Cutting
 from cute_fmha.tiling import equal_share, kv_tile_ranges, split_tile_range
 from cute_fmha.tiling import tiles_before_cut as before_cut
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 fake = pytest.importorskip("splitkv_kernel")
 
-from cute_fmha.kernels.blackwell.worklist import Cut, Cutting  # noqa: E402
 
 # With few CTAs on the machine nobody may wait for a partial result, with many everybody does. Who
 # waits for ever runs out of steps.

@@ -346,6 +346,25 @@ def test_clocks_advance() -> None:
     assert np.all(lanes(body) >= 100)
 
 
+def test_sleeping_gives_others_their_turn() -> None:
+    """A warp that polls memory runs a few instructions for each slice of the one it waits for."""
+    body = """
+    ld.param.u64 %d0, [out];
+    mov.u32 %r0, %tid.x; setp.ge.u32 %p1, %r0, 32; mov.b32 %r1, 0;
+    @%p1 bra WORK;
+    POLL: nanosleep.u32 20; ld.acquire.gpu.global.u32 %r2, [%d0];
+    setp.eq.u32 %p2, %r2, 0; @%p2 bra POLL;
+    bra END;
+    WORK: add.u32 %r1, %r1, 1; setp.lt.u32 %p2, %r1, 10000; @%p2 bra WORK;
+    atom.release.gpu.global.add.u32 %r2, [%d0], 1;
+    END: ret;
+    """
+    result = run_ptx(kernel(body), np.zeros(1, np.uint32), block=(64, 1, 1))
+    polling, working = result.counters.by_warp.sum(axis=1)[:2]
+    assert working > 30000
+    assert polling < working / 20
+
+
 # ---------------------------------------------------------------- divergence
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import cutlass
 from cutlass import Float32, Int32
 
+from cute_fmha.kernels.blackwell import ptx
+
 
 def mask_row(
     scores: list[Float32],
@@ -27,9 +29,16 @@ def mask_row(
     end = seqlen_k - first_key
     if not isinstance(right, int):
         end = cutlass.min(end, diagonal + right + 1)
+    begin = None if isinstance(left, int) else diagonal - left
     masked = Float32(-Float32.inf)
-    scores = [cutlass.select_(end > j, score, masked) for j, score in enumerate(scores)]
-    if not isinstance(left, int):
-        begin = diagonal - left
-        scores = [cutlass.select_(begin <= j, score, masked) for j, score in enumerate(scores)]
-    return scores
+    result = []
+    for word in range(0, len(scores), 32):
+        # A bit for every column: the machine moves seven of them to predicates at a time.
+        bits = ~ptx.shift_left(-1 & 0xFFFFFFFF, cutlass.max(end - word, 0))
+        if begin is not None:
+            bits = bits & ptx.shift_left(-1 & 0xFFFFFFFF, cutlass.max(begin - word, 0))
+        result += [
+            cutlass.select_((bits & Int32(1 << j if j < 31 else -(1 << 31))) != 0, score, masked)
+            for j, score in enumerate(scores[word : word + 32])
+        ]
+    return result

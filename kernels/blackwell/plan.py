@@ -82,7 +82,8 @@ class Plan:
     o_stages: int = 2
     ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
     pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
-    rescale_threshold: float = 8.0
+    by_polynomial: int = 0  # of 16 exponentials, those without the special-function unit
+    rescale_threshold: float = 3.0  # log2 that a maximum rises by before O is rescaled
 
     def __post_init__(self) -> None:
         self.tmem  # noqa: B018  (its construction checks the map)
@@ -167,12 +168,15 @@ def make_plan(
     """Two Q tiles of 128 keys where TMEM and shared memory allow it, and as many stages as fit.
 
     At (192, 128) Q alone takes 96 KiB, so that KV tiles have 64 keys; at (256, 256) O takes half of
-    TMEM and there is one Q tile.
+    TMEM and there is one Q tile. Two Q tiles by 128 keys keep the special-function unit busy for
+    2048 cycles, and the tensor core for 16 a head dim: at 128 as many exponentials go by polynomial
+    as leave the former well below the latter, at 64 and 96 as many as instructions allow.
     """
     wide = head_dim > 128
     plan = Plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
         q_tiles=1 if head_dim_v > 128 else 2,
+        by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
     )  # fmt: skip
     while plan.k_stages < 4:
         for stages in ((0, 1), (1, 0)):

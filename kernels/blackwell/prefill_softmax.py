@@ -172,7 +172,9 @@ def softmax_step(
             plan.rescale_threshold,
         )  # fmt: skip
         minus_max = -maximum * scalars.scale_log2
-        ahead = exponentials(scores[: plan.ahead], scalars.scale_log2, minus_max)
+        ahead = exponentials(
+            scores[: plan.ahead], scalars.scale_log2, minus_max, plan.by_polynomial
+        )
         barriers.wait("decided", phases.s, t)
         keep = shared.sKeep[phases.s, t] != 0
         if keep:
@@ -217,7 +219,7 @@ def probabilities(
     p = list(ahead)
     for q in range(4):
         rest = scores[len(p) : (q + 1) * quarter]
-        p += exponentials(rest, scalars.scale_log2, minus_max)
+        p += exponentials(rest, scalars.scale_log2, minus_max, plan.by_polynomial)
         part = p[q * quarter : (q + 1) * quarter]
         ptx.tcgen05_store(tP + q * quarter // 2, packed(part, DTYPES[plan.dtype]))
         if q == 2:

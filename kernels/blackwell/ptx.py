@@ -159,6 +159,28 @@ def exp2(x: Float32, *, loc=None, ip=None) -> Float32:
 
 
 @dsl_user_op
+def shift_left(value: int, amount: Int32, *, loc=None, ip=None) -> Int32:
+    """shl.b32: 0 for amounts of 32 and more, of which LLVM's own shift makes anything."""
+    result = _asm(
+        f"shl.b32 $0, {value:#x}, $1;", [T.i32()], [Int32(amount).ir_value(loc=loc, ip=ip)], "=r,r",
+        effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+@dsl_user_op
+def bits_of(x: Float32, *, loc=None, ip=None) -> Int32:
+    """The bits of a float, as an integer; no instruction."""
+    return Int32(llvm.bitcast(T.i32(), Float32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@dsl_user_op
+def float_of(x: Int32, *, loc=None, ip=None) -> Float32:
+    """The float of these bits; no instruction."""
+    return Float32(llvm.bitcast(T.f32(), Int32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@dsl_user_op
 def max3(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
     """max.f32 of three."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]

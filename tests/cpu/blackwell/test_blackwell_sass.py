@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cute_fmha.kernels.blackwell.plan import Features, make_plan
+from cute_fmha.kernels.blackwell.plan import HEAD_DIMS, Features, make_plan
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 harness = pytest.importorskip("prefill_harness")
@@ -17,7 +17,14 @@ triton = pytest.importorskip("triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 WINDOW = {"window_left": True, "window_right": True}
-BF16 = torch.bfloat16
+EVERYTHING = Features(
+    **WINDOW, sink=True, softcap=True, skip=True, skip_tensor=True, skip_relative=True, count=True
+)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+no_disassembler = pytest.mark.skipif(
+    not (TOOLS / "nvdisasm").exists(), reason="no nvdisasm beside Triton"
+)
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -25,20 +32,11 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.skipif(not (TOOLS / "nvdisasm").exists(), reason="no nvdisasm beside Triton")
-@pytest.mark.parametrize(
-    ("dims", "features", "arch"),
-    [
-        ((128, 128), Features(**WINDOW), "sm_100a"),
-        ((128, 128), Features(**WINDOW, sink=True, skip=True, count=True), "sm_100a"),
-        ((192, 128), Features(window_right=True), "sm_103a"),
-        ((256, 256), Features(window_right=True, softcap=True), "sm_100a"),
-    ],
-    ids=["window", "skip", "192-sm103", "256-softcap"],
-)
-def test_machine_code(dims, features, arch, tmp_path):
-    plan = make_plan(*dims, BF16, BF16, features)
-    path = tmp_path / "kernel.cubin"
+def check(dims, dtype, out_dtype, features, arch, folder):
+    """No stack, the tensor core's instructions in the number that the plan implies, and masks
+    whose bits reach predicates seven at a time."""
+    plan = make_plan(*dims, dtype, out_dtype, features)
+    path = folder / "kernel.cubin"
     path.write_bytes(harness.build(plan, arch).cubin)
     usage = tool("cuobjdump", "-res-usage", str(path))
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
@@ -48,3 +46,43 @@ def test_machine_code(dims, features, arch, tmp_path):
     for instruction in ("LDTM", "STTM", "UTMALDG", "UTMASTG", "UTCBAR", "FFMA2", "FMNMX3"):
         assert instruction in code, instruction
     assert not re.search(r"\b(STL|LDL)\b", code)
+    # The end of the sequence is a boundary, too; four moves make 28 predicates of a word's 32.
+    loops = 2 if features.window_left else 1
+    assert len(re.findall(r"\bR2P\b", code)) >= loops * plan.tile_n // 32 * 4
+
+
+@no_disassembler
+@pytest.mark.parametrize(
+    ("dims", "features", "arch"),
+    [
+        ((128, 128), Features(**WINDOW), "sm_100a"),
+        ((128, 128), Features(**WINDOW, sink=True, skip=True, count=True), "sm_100a"),
+        ((192, 128), Features(window_right=True), "sm_103a"),
+        ((256, 256), Features(window_right=True, softcap=True), "sm_100a"),
+        ((96, 96), EVERYTHING, "sm_100a"),
+    ],
+    ids=["window", "skip", "192-sm103", "256-softcap", "96-everything"],
+)
+def test_machine_code(dims, features, arch, tmp_path):
+    check(dims, BF16, BF16, features, arch, tmp_path)
+
+
+@no_disassembler
+@pytest.mark.sweep
+@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("features", "dtype", "out_dtype"),
+    [
+        (Features(), FP16, FP16),
+        (Features(window_right=True), BF16, BF16),
+        (Features(window_right=True, lse=False, sink=True), BF16, torch.float32),
+        (Features(**WINDOW, softcap=True), BF16, BF16),
+        (Features(skip=True), BF16, BF16),
+        (Features(window_right=True, skip=True, skip_tensor=True, count=True), FP16, FP16),
+        (EVERYTHING, BF16, BF16),
+        (EVERYTHING, FP16, torch.float32),
+    ],
+    ids=["plain", "causal", "float32", "softcap", "skip", "counted", "everything", "everything32"],
+)
+def test_machine_code_of_every_pair(dims, features, dtype, out_dtype, tmp_path):
+    check(dims, dtype, out_dtype, features, "sm_100a", tmp_path)

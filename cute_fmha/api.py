@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cute_fmha import ops  # noqa: F401  (registers torch.ops.cute_fmha)
+from cute_fmha import dispatch, ops, repeat
 from cute_fmha.dispatch import BACKENDS
 from cute_fmha.epilogues.base import EpilogueOp
 from cute_fmha.epilogues.cast import IDENTITY
@@ -178,6 +178,34 @@ def _resolve_skip(
         _require(value.device == like.device, "skip tensor device", value.device, like.device)
         return True, value, 0.0, skip.relative
     return skip.enabled, None, float(value), skip.relative
+
+
+def _repeat_key(
+    tensors: tuple[Any, ...], options: tuple[Any, ...], skip: Any, stats: Any, epilogue: Any,
+    block_mask: Any = None,
+) -> tuple[repeat.Key | None, tuple[Any, ...]]:  # fmt: skip
+    """(the call's key, (device λ, counters, mask)), see `repeat`; wrong types are left to the
+    checks."""
+    if skip is None:
+        skip = _ambient.skip
+    types = ((skip, SkipSoftmax), (stats, SkipStats), (block_mask, BlockMask))
+    for value, expected in types:
+        if value is not None and type(value) is not expected:
+            return None, ()
+    given = None if skip is None else skip.value
+    device = given if isinstance(given, torch.Tensor) else None
+    mask = None if block_mask is None else block_mask.mask
+    special = (device, None if stats is None else stats.counters, mask)
+    options = (
+        *options,
+        None if device is not None else given,
+        skip is not None and skip.relative,
+        None if block_mask is None else (block_mask.block_m, block_mask.block_n),
+    )
+    if epilogue is not None:
+        special_tensors = (*special, *getattr(epilogue, "tensors", ()))
+        return repeat.key_of((*tensors, *special_tensors), (*options, type(epilogue))), special
+    return repeat.key_of((*tensors, *special), options), special
 
 
 def _resolve_common(
@@ -377,6 +405,22 @@ def attention(
         NotImplementedError: the backend cannot run this problem, or gradients were asked for.
     """
     _no_grad_check(q=q, k=k, v=v, sink=sink)
+    key, special = _repeat_key(
+        (q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k, sink, workspace),
+        (scale, causal, window, softcap, max_seqlen_q, max_seqlen_k, return_lse, num_splits,
+         backend),
+        skip, stats, epilogue, block_mask,
+    )  # fmt: skip
+    known = repeat.find(key)
+    if known is not None:
+        skip_tensor, counters, mask = special
+        result, rows = repeat.outputs(known, q, out, int(return_lse))
+        repeat.run(
+            known, q, k, v, result, rows[0] if rows else None, None, workspace, counters, None,
+            cu_seqlens_q, cu_seqlens_k, block_table, seqused_k, sink=sink, block_mask=mask,
+            skip_tensor=skip_tensor, backend=backend,
+        )  # fmt: skip
+        return (result, *rows) if rows else result
     packed_q, packed_k, paged = (
         cu_seqlens_q is not None, cu_seqlens_k is not None, block_table is not None
     )  # fmt: skip
@@ -426,14 +470,25 @@ def attention(
     op, tensors = _resolve_epilogue(epilogue, q, v.shape[-1])
     result, extra, per_row = _outputs(q, out, op, v.shape[-1], lse_shape, lse=return_lse)
     lse = per_row.get("lse")
-    torch.ops.cute_fmha.attention(
+    arguments = (
         q, k, v, result, lse, workspace, counters, extra, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
         block_table, seqused_k, mask, mask_m, mask_n, sink, skip_tensor,
         _resolve_scale(scale, q.shape[-1]), left, right, _resolve_softcap(softcap), skip_on,
-        skip_value, skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values, backend,
+        skip_value, skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values,
     )  # fmt: skip
+    if key is None:
+        torch.ops.cute_fmha.attention(*arguments, backend)
+    else:
+        _run(key, ops.attention_call(*arguments), epilogue, backend)
     result = op.result(result, extra)
     return result if lse is None else (result, lse)
+
+
+def _run(key: repeat.Key, call: ops.Call, epilogue: EpilogueOp | None, backend: str) -> None:
+    """Run a checked call; one like it need not be checked, if it has no op of its own."""
+    dispatch.run(call, backend)
+    if epilogue is None:
+        repeat.remember(key, call)
 
 
 def mla_decode(
@@ -487,6 +542,23 @@ def mla_decode(
         NotImplementedError: the backend cannot run this problem, or gradients were asked for.
     """
     _no_grad_check(q=q, kv_cache=kv_cache, sink=sink)
+    key, special = _repeat_key(
+        (q, kv_cache, out, block_table, cache_seqlens, sink, workspace),
+        ("mla_decode", head_dim_v, scale, causal, window, softcap, return_lse, return_max_logits,
+         num_splits, backend),
+        skip, stats, epilogue,
+    )  # fmt: skip
+    known = repeat.find(key)
+    if known is not None:
+        skip_tensor, counters, _ = special
+        result, rows = repeat.outputs(known, q, out, return_lse + return_max_logits)
+        repeat.run(
+            known, q, kv_cache, kv_cache[..., :head_dim_v], result,
+            rows[0] if return_lse else None, rows[-1] if return_max_logits else None, workspace,
+            counters, None, None, None, block_table, cache_seqlens, sink=sink, block_mask=None,
+            skip_tensor=skip_tensor, backend=backend,
+        )  # fmt: skip
+        return (result, *rows) if rows else result
     _check_query(q, (None,) * 4, "[B, Sq, Hq, 576 or 512]")
     width = q.shape[3]
     _require(
@@ -509,11 +581,15 @@ def mla_decode(
         q, out, op, head_dim_v, (batch, q.shape[2], q.shape[1]), lse=return_lse,
         max_logits=return_max_logits,
     )  # fmt: skip
-    torch.ops.cute_fmha.mla_decode(
+    arguments = (
         q, kv_cache, result, per_row.get("lse"), per_row.get("max_logits"), workspace, counters,
         extra, block_table, cache_seqlens, head_dim_v, sink, skip_tensor,
         _resolve_scale(scale, width), left, right, _resolve_softcap(softcap), skip_on, skip_value,
-        skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values, backend,
+        skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values,
     )  # fmt: skip
+    if key is None:
+        torch.ops.cute_fmha.mla_decode(*arguments, backend)
+    else:
+        _run(key, ops.mla_decode_call(*arguments), epilogue, backend)
     result = op.result(result, extra)
     return (result, *per_row.values()) if per_row else result

@@ -7,8 +7,7 @@ hot path allocates nothing. `cute_fmha.api` is the validated front door to both.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -17,8 +16,7 @@ from cute_fmha.epilogues.base import EpilogueOp, Parameters, kind_of, resolve
 from cute_fmha.problem import Problem
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One attention call: the static problem, its tensors and its run-time values.
 
     For ``mla_decode`` ``k`` is the latent cache and ``v`` a view of its leading columns.
@@ -77,12 +75,13 @@ _lib.define(
 )
 
 
-def _attention(
+def attention_call(
     q, k, v, out, lse, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k, max_seqlen_q,
     max_seqlen_k, block_table, seqused_k, block_mask, block_mask_m, block_mask_n, sink,
     skip_tensor, scale, window_left, window_right, softcap, skip, skip_value, skip_relative,
-    num_splits, epilogue, epilogue_tensors, epilogue_values, backend,
-):  # fmt: skip
+    num_splits, epilogue, epilogue_tensors, epilogue_values,
+) -> Call:  # fmt: skip
+    """The call that the operator's arguments, all but ``backend``, describe."""
     packed_q = cu_seqlens_q is not None
     layout: Literal["dense", "packed", "paged"] = "dense"
     batch = q.shape[0]
@@ -119,21 +118,19 @@ def _attention(
         skip_tensor=skip_tensor is not None,
         skip_relative=skip and skip_relative,
     )
-    dispatch.run(
-        Call(
-            problem, q, k, v, out, lse, None, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k,
-            block_table, seqused_k, sink, block_mask, skip_tensor, scale, softcap, skip_value,
-            skip_relative, resolve(epilogue), (*epilogue_tensors, *epilogue_values),
-        ),
-        backend,
+    return Call(
+        problem, q, k, v, out, lse, None, workspace, stats, extra, cu_seqlens_q, cu_seqlens_k,
+        block_table, seqused_k, sink, block_mask, skip_tensor, scale, softcap, skip_value,
+        skip_relative, resolve(epilogue), (*epilogue_tensors, *epilogue_values),
     )  # fmt: skip
 
 
-def _mla_decode(
+def mla_decode_call(
     q, kv_cache, out, lse, max_logits, workspace, stats, extra, block_table, cache_seqlens,
     head_dim_v, sink, skip_tensor, scale, window_left, window_right, softcap, skip, skip_value,
-    skip_relative, num_splits, epilogue, epilogue_tensors, epilogue_values, backend,
-):  # fmt: skip
+    skip_relative, num_splits, epilogue, epilogue_tensors, epilogue_values,
+) -> Call:  # fmt: skip
+    """As `attention_call`."""
     problem = Problem(
         op="mla_decode",
         layout="paged",
@@ -161,19 +158,24 @@ def _mla_decode(
         skip_tensor=skip_tensor is not None,
         skip_relative=skip and skip_relative,
     )
-    dispatch.run(
-        Call(
-            problem, q, kv_cache, kv_cache[..., :head_dim_v], out, lse, max_logits, workspace,
-            stats, extra, None, None, block_table, cache_seqlens, sink, None, skip_tensor, scale,
-            softcap, skip_value, skip_relative, resolve(epilogue),
-            (*epilogue_tensors, *epilogue_values),
-        ),
-        backend,
+    return Call(
+        problem, q, kv_cache, kv_cache[..., :head_dim_v], out, lse, max_logits, workspace,
+        stats, extra, None, None, block_table, cache_seqlens, sink, None, skip_tensor, scale,
+        softcap, skip_value, skip_relative, resolve(epilogue),
+        (*epilogue_tensors, *epilogue_values),
     )  # fmt: skip
 
 
 def _fake(*args: Any, **kwargs: Any) -> None:
     """Both ops only write tensors that exist already: a fake run has nothing to infer."""
+
+
+def _attention(*args: Any) -> None:
+    dispatch.run(attention_call(*args[:-1]), args[-1])
+
+
+def _mla_decode(*args: Any) -> None:
+    dispatch.run(mla_decode_call(*args[:-1]), args[-1])
 
 
 for _name, _implementation in (("attention", _attention), ("mla_decode", _mla_decode)):

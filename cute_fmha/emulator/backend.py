@@ -15,7 +15,6 @@ counts and its reports have them.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 import threading
@@ -132,9 +131,9 @@ def capture(
 ) -> cap.Capture:
     """What ``call`` launches with ``binary`` on ``device``."""
     memory = [
-        Memory.of(field.name, value)
-        for field in dataclasses.fields(call)
-        if isinstance(value := getattr(call, field.name), torch.Tensor)
+        Memory.of(name, value)
+        for name, value in call._asdict().items()
+        if isinstance(value, torch.Tensor)
     ]
     memory += [
         Memory.of(f"epilogue parameter {i}", value)

@@ -494,6 +494,18 @@ def capture(
     return collect(compiled, lambda run: run(*call, **named), pieces, device, ptx)
 
 
+def declare(library: ctypes.CDLL, device: Device, kernels: dict[str, Entry]) -> None:
+    """Let the shim forget its launches and know the device and the kernels that may be launched."""
+    library.shim_begin()
+    for key, value in device.attributes().items():
+        library.shim_device_attribute(key, value)
+    for entry in kernels.values():
+        sizes = (ctypes.c_uint32 * (len(entry.sizes) + 1))(*entry.sizes)
+        name, n = entry.name.encode(), len(entry.sizes)
+        shared, local = entry.static_shared, entry.local_bytes
+        library.shim_declare(name, n, sizes, shared, local, entry.max_threads)
+
+
 def collect(
     compiled: Any,
     call: Callable[[Any], Any],
@@ -510,14 +522,7 @@ def collect(
     with _lock:
         run = _cached_rebuild(compiled)
         library, _ = _shim()
-        library.shim_begin()
-        for key, value in (device or Device()).attributes().items():
-            library.shim_device_attribute(key, value)
-        for entry in kernels.values():
-            sizes = (ctypes.c_uint32 * (len(entry.sizes) + 1))(*entry.sizes)
-            name, n = entry.name.encode(), len(entry.sizes)
-            shared, local = entry.static_shared, entry.local_bytes
-            library.shim_declare(name, n, sizes, shared, local, entry.max_threads)
+        declare(library, device or Device(), kernels)
         try:
             code = call(run)
         except RuntimeError as error:

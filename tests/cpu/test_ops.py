@@ -14,7 +14,7 @@ from fragments import same_bits
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cute_fmha
-from cute_fmha import SkipSoftmax, SkipStats, ops, skip_softmax
+from cute_fmha import SkipSoftmax, SkipStats, ops, repeat, skip_softmax
 from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Identity, Scale
 from cute_fmha.epilogues.base import Extra
 from cute_fmha.testing import (
@@ -50,6 +50,7 @@ def recorded_arguments(case: Case, monkeypatch: pytest.MonkeyPatch, **call: Any)
     name = "mla_decode" if isinstance(case, MlaCase) else "attention"
     seen: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
+        patch.setattr(repeat, "is_eager", lambda: False)
         patch.setattr(torch.ops.cute_fmha, name, lambda *arguments: seen.append(arguments))
         case.run(backend="reference", **call)
     (arguments,) = seen
@@ -58,12 +59,19 @@ def recorded_arguments(case: Case, monkeypatch: pytest.MonkeyPatch, **call: Any)
 
 @pytest.mark.parametrize("wanted", [{}, {"return_lse": True}])
 def test_max_logits(wanted, monkeypatch):
-    case = CASES["mla"]()
+    case = mla_case(2, [5, 0, 17], 16, 3)
     arguments = case.q, case.kv_cache, case.block_table, case.cache_seqlens
 
-    def call(*tensors):
+    def call(q, cache, table, lengths):
         return cute_fmha.mla_decode(
-            *tensors, **case.common, **wanted, return_max_logits=True, backend="reference"
+            q,
+            cache,
+            table,
+            lengths,
+            **case.common,
+            **wanted,
+            return_max_logits=True,
+            backend="reference",
         )
 
     expected = call(*arguments)
@@ -72,9 +80,11 @@ def test_max_logits(wanted, monkeypatch):
         assert torch.equal(got, want)
     seen: list[tuple[Any, ...]] = []
     with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.cute_fmha, "mla_decode", lambda *given: seen.append(given))
+        patch.setattr(repeat, "is_eager", lambda: False)
+        patch.setattr(torch.ops.cute_fmha, "mla_decode", lambda *a: seen.append(a))
         call(*arguments)
-    torch.library.opcheck(torch.ops.cute_fmha.mla_decode.default, *seen)
+    (given,) = seen
+    torch.library.opcheck(torch.ops.cute_fmha.mla_decode.default, given)
 
 
 @cases

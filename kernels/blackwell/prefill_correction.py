@@ -137,4 +137,3 @@ def epilogue(
                 )
         turn = schedule.hand_out(turn, shared, barriers)
         tile = work.following(tile, barriers)
-    cute.arch.cp_async_bulk_wait_group(0)

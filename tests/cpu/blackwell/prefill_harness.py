@@ -56,12 +56,12 @@ def problem_of(case: AttentionCase, out_dtype: torch.dtype, features: Any = None
     )  # fmt: skip
 
 
-def run(
-    case: AttentionCase, policy: Policy, ctas: int = 4, out: torch.Tensor | None = None,
+def capture(
+    case: AttentionCase, out: torch.Tensor | None = None,
     skip: float | torch.Tensor = 0.0, stats: torch.Tensor | None = None, features: Any = None,
     **changes: Any,
 ) -> tuple[torch.Tensor, torch.Tensor, Any]:  # fmt: skip
-    """(out, lse, report) of the plan with ``changes``; a finding is an error."""
+    """(out, lse, launch) of the plan with ``changes``, not yet executed."""
     q, k, v = case.q, case.k, case.v
     if out is None:
         out = torch.full((*q.shape[:-1], v.shape[-1]), float("nan"), dtype=q.dtype)
@@ -94,5 +94,12 @@ def run(
         parameters=(),
     )
     arguments = prefill_host.call_arguments(problem)
-    captured = backend.capture(call, build(plan), arguments, Device())
+    return out, lse, backend.capture(call, build(plan), arguments, Device())
+
+
+def run(
+    case: AttentionCase, policy: Policy, ctas: int = 4, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(out, lse, report) of `capture` with ``options``; a finding is an error."""
+    out, lse, captured = capture(case, **options)
     return out, lse, execute(captured, replace(policy, resident=ctas))

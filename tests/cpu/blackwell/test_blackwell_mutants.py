@@ -1,0 +1,62 @@
+"""Mutants of the Blackwell prefill kernel: one synchronisation or number altered is noticed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cute_fmha.testing import Heads, Options, Source, dense_case
+
+pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+harness = pytest.importorskip("prefill_harness")
+mutate = pytest.importorskip("cute_fmha.emulator.mutate")
+
+POLICIES = {  # one CTA at a time, which takes all work
+    name: replace(policy, resident=1) for name, policy in mutate.STRICT_POLICIES.items()
+}
+ORDER = (
+    "mbarrier.arrive", "mbarrier.arrive.expect_tx", "tcgen05.commit", "tcgen05.fence",
+    "tcgen05.wait::st", "tcgen05.wait::ld", "fence.proxy.async", "fence.mbarrier_init",
+    "cp.async.bulk.commit_group", "cp.async.bulk.wait_group", "cp.async.bulk.wait_group.read",
+    "bar.arrive",
+)  # fmt: skip
+
+
+def launch_of(name):
+    """Three heads on one CTA, whose maxima grow from tile to tile; more keys than buffers."""
+    heads, keys = Heads(3, 3, 128, 128), 640
+    if name == "skip":
+        source = Source(torch.float16, gap=12.0, gap_block=128)
+        case = dense_case(1, 256, 900, heads, source=source)
+        stats = torch.zeros(2, dtype=torch.int64)
+        features = {"skip": True, "count": True}
+        return harness.capture(case, skip=math.exp(-6.0), stats=stats, features=features)
+    options = {"causal": Options(causal=True), "window": Options(window=(100, 30))}
+    queries = 300 if name == "window" else 256
+    case = dense_case(
+        1, queries, keys, heads, options.get(name, Options()), Source(torch.bfloat16, std=1.0)
+    )
+    case.k.mul_(torch.logspace(-0.8, 0.8, keys)[None, :, None, None])
+    return harness.capture(case)
+
+
+def test_order_of_the_pipelines():
+    """Every arrival, commit, fence and wait for memory that was executed is caught or redundant."""
+    fast = {name: POLICIES[name] for name in ("eager", "lazy", "random 1")}
+    _, _, captured = launch_of("full")
+    report = mutate.run_mutants(captured, policies=fast, chosen=lambda m: m.group in ORDER)
+    assert not report.missed_order, str(report)
+    assert len(report.of("caught")) > 40
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("name", ["full", "causal", "window", "skip"])
+def test_every_mutant(name):
+    _, _, captured = launch_of(name)
+    report = mutate.run_mutants(captured, policies=POLICIES)
+    print(report)
+    executed = len(report.outcomes) - len(report.of("not executed"))
+    assert len(report.of("caught")) + len(report.of("redundant")) > 0.9 * executed

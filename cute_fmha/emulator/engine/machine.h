@@ -9,7 +9,8 @@
  *         launch.c    machines, clusters, CTAs, special registers, memory bounds, checks at exit
  *         program.c   programs from the assembler's records, decoding
  *         report.c    findings, the table of a deadlock
- *         clocks.c    vector clocks, shadow memory: data races, proxy fences, uninitialised reads
+ *         clocks.c    vector clocks: what every agent knows of the others
+ *         shadow.c rules.c   who accessed what last: data races, missing fences, uninitialised reads
  *         async.c     asynchronous operations and the policies that complete them
  *         families.h  the table of instruction families; a family is one file:
  *         alu.c convert.c control.c memory.c barrier.c copy.c tma.c tmem.c mma.c

@@ -702,5 +702,10 @@ END:
     griddepcontrol.launch_dependents;
     griddepcontrol.wait;
 """
-    clean(run(body, out, warps=1, grid=grid, cluster=cluster, policy=replace(policy, resident=4)))
+    options = {"warps": 1, "grid": grid, "cluster": cluster, "policy": replace(policy, resident=4)}
+    clean(run(body, out, **options))
     assert (out == 1).all(), out
+    # The answer that was read is overwritten through the async proxy.
+    assert kinds(run(body.replace("fence.proxy.async.shared::cta;", ""), out, **options)) == {
+        "proxy"
+    }

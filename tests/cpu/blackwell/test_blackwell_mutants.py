@@ -25,20 +25,26 @@ ORDER = (
 )  # fmt: skip
 
 
+FULL, CAUSAL, WINDOW = Options(), Options(causal=True), Options(window=(100, 30))
+PROBLEMS = {  # queries, keys, options; "keyless": the first 256 queries come before every key
+    "full": (256, 640, FULL),
+    "causal": (256, 640, CAUSAL),
+    "window": (300, 640, WINDOW),
+    "keyless": (640, 384, CAUSAL),
+}
+
+
 def launch_of(name):
     """Three heads on one CTA, whose maxima grow from tile to tile; more keys than buffers."""
-    heads, keys = Heads(3, 3, 128, 128), 640
+    heads = Heads(3, 3, 128, 128)
     if name == "skip":
         source = Source(torch.float16, gap=12.0, gap_block=128)
         case = dense_case(1, 256, 900, heads, source=source)
         stats = torch.zeros(2, dtype=torch.int64)
         features = {"skip": True, "count": True}
         return harness.capture(case, skip=math.exp(-6.0), stats=stats, features=features)
-    options = {"causal": Options(causal=True), "window": Options(window=(100, 30))}
-    queries = 300 if name == "window" else 256
-    case = dense_case(
-        1, queries, keys, heads, options.get(name, Options()), Source(torch.bfloat16, std=1.0)
-    )
+    queries, keys, options = PROBLEMS[name]
+    case = dense_case(1, queries, keys, heads, options, Source(torch.bfloat16, std=1.0))
     case.k.mul_(torch.logspace(-0.8, 0.8, keys)[None, :, None, None])
     return harness.capture(case)
 
@@ -46,17 +52,21 @@ def launch_of(name):
 def test_order_of_the_pipelines():
     """Every arrival, commit, fence and wait for memory that was executed is caught or redundant."""
     fast = {name: POLICIES[name] for name in ("eager", "lazy", "random 1")}
-    _, _, captured = launch_of("full")
+    _, _, captured = launch_of("window")
     report = mutate.run_mutants(captured, policies=fast, chosen=lambda m: m.group in ORDER)
     assert not report.missed_order, str(report)
     assert len(report.of("caught")) > 40
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", ["full", "causal", "window", "skip"])
+@pytest.mark.parametrize("name", [*PROBLEMS, "skip"])
 def test_every_mutant(name):
     _, _, captured = launch_of(name)
     report = mutate.run_mutants(captured, policies=POLICIES)
     print(report)
-    executed = len(report.outcomes) - len(report.of("not executed"))
-    assert len(report.of("caught")) + len(report.of("redundant")) > 0.9 * executed
+    # The layout does not use LBO; order within a warp is not modelled.
+    apart = ("shared descriptor LBO", "bar.warp.sync")
+    tried = [o for o in report.outcomes if o.mutant.group not in apart]
+    missed = [o for o in tried if o.verdict == "missed"]
+    assert len(missed) < 0.08 * len(tried), str(report)
+    assert not [o for o in missed if o.mutant.group in ORDER and "fence" not in o.mutant.group]

@@ -151,8 +151,8 @@ class Problem:
     ``window_left``/``window_right`` have causal folded in (causal is ``window_right == 0``), −1 is
     unbounded. ``num_splits`` 0 leaves the choice to the backend. ``lse``, ``seqused`` and
     ``skip_tensor`` say that the call has such a tensor; ``seqused`` only for dense keys, paged ones
-    always have it. ``skip_relative``: λ is a factor over the KV length. ``parameters`` are those of
-    the epilogue op.
+    always have it. ``skip_relative``: λ is a factor over the KV length. ``parameters`` and
+    ``extra`` (its second output) are the epilogue op's.
     """
 
     op: Literal["attention", "mla_decode"]
@@ -182,6 +182,7 @@ class Problem:
     skip_tensor: bool = False
     skip_relative: bool = False
     parameters: tuple[Kind, ...] = ()
+    extra: Kind | None = None
 
     @property
     def group(self) -> int:
@@ -195,5 +196,5 @@ class Problem:
             self.op, self.layout, self.packed_q, self.dtype, self.out_dtype, self.head_dim,
             self.head_dim_v, self.window_left >= 0, self.window_right >= 0, self.softcap,
             self.sink, self.block_mask, self.skip, self.stats, self.epilogue, self.seqused,
-            self.parameters,
+            self.parameters, self.extra,
         )  # fmt: skip

@@ -27,7 +27,6 @@ scale NaN (0x7F), all its elements 7 (+6): a NaN stays visible after the GEMM.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,6 +113,26 @@ def nvfp4_rows(x, token, head, live, parameters, extra, DV):
     return (low | (high << 4)).to(tl.uint8)
 
 
+def quotients(numerator, scales):
+    """Blackwell: ``numerator`` over each of two e4m3 ``scales``, rounded correctly.
+
+    A reciprocal that is right to one unit in the last place, one Newton step, a product and its
+    remainder: with divisors of four bits that gives the correctly rounded quotient for every
+    numerator far from the ends of the range. The compiler's own division costs a branch and a call
+    for those ends, and with them registers.
+    """
+    from cutlass import Float32, cute
+
+    def fma(a, b, c):
+        return cute.arch.fma_packed_f32x2(tuple(a), tuple(b), tuple(c))
+
+    minus = [-scale for scale in scales]
+    rough = [cute.arch.rcp_approx(scale) for scale in scales]
+    inverse = fma(fma(minus, rough, (Float32(1.0), Float32(1.0))), rough, rough)
+    quotient = cute.arch.mul_packed_f32x2((numerator, numerator), inverse)
+    return fma(fma(minus, quotient, (numerator, numerator)), inverse, quotient)
+
+
 def nvfp4_row(row, parameters, extra):
     """`NVFP4` on Blackwell: a thread has whole blocks; scales are stored in pairs where it has two,
     as bytes of one tile."""
@@ -124,20 +143,22 @@ def nvfp4_row(row, parameters, extra):
 
     (global_scale,) = parameters
     tiles = extra.iterator.toint() + Int64(row.token // 128) * (extra.stride[0] * 128)
-    in_tile = row.token % 32 * 16 + row.token % 128 // 32 * 4
+    row_begin = tiles + (row.token % 32 * 16 + row.token % 128 // 32 * 4)
     first = row.head * (row.width // BLOCK)
+    if row.width % (4 * BLOCK) == 0:  # A head begins with a tile.
+        row_begin, first = row_begin + first // 4 * 512, 0
 
     def apply(x, column):
         blocks = [x[j : j + BLOCK] for j in range(0, len(x), BLOCK)]
         sized = [largest_magnitude(block) * (1.0 / 6.0) * global_scale for block in blocks]
         codes = ptx.pack_e4m3(sized)
         block = first + column // BLOCK
-        address = tiles + (block // 4 * 512 + in_tile + block % 4)
+        address = row_begin + (block // 4 * 512 + block % 4)
         ptx.store_global_bytes(address, codes, len(blocks), row.live)
+        scales = ptx.unpack_e4m3(codes)
         words = []
-        for values, scale in zip(blocks, ptx.unpack_e4m3(codes), strict=False):
-            inverse = select_(scale == 0.0, Float32(0.0), global_scale / scale)
-            stored = scaled(values, inverse)
+        for values, scale, factor in zip(blocks, scales, quotients(global_scale, scales)):  # noqa: B905
+            stored = scaled(values, select_(scale == 0.0, Float32(0.0), factor))
             words += [ptx.pack_e2m1(stored[:8]), ptx.pack_e2m1(stored[8:])]
         return words
 
@@ -148,8 +169,9 @@ def nvfp4_row(row, parameters, extra):
 class NVFP4(EpilogueOp):
     """Packed e2m1 and swizzled e4m3 block scales; the call returns an `NVFP4Output`.
 
-    global_scale: g of the module docstring: a finite number > 0, or an FP32 tensor of one element
-        on the device of q (read there, not checked: 0 or NaN spoil the result).
+    global_scale: g of the module docstring: a number from 2⁻¹⁰⁰ to 2¹⁰⁰, or an FP32 tensor of one
+        element on the device of q (read there, not checked: 0 or NaN spoil the result, and beyond
+        that range backends differ).
     """
 
     global_scale: float | torch.Tensor = 1.0
@@ -166,8 +188,10 @@ class NVFP4(EpilogueOp):
                     "NVFP4 global_scale as a tensor must hold one float32 element; got "
                     f"{scale.dtype} {tuple(scale.shape)}"
                 )
-        elif not (isinstance(scale, (int, float)) and 0 < scale < math.inf):
-            raise ValueError(f"NVFP4 global_scale must be a finite number > 0; got {scale!r}")
+        elif not (isinstance(scale, (int, float)) and 2.0**-100 <= scale <= 2.0**100):
+            raise ValueError(
+                f"NVFP4 global_scale must be a number from 2**-100 to 2**100; got {scale!r}"
+            )
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:

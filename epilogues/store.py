@@ -24,7 +24,7 @@ from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.epilogues.base import Kind, Row
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.epilogue import Op
+from cute_fmha.kernels.blackwell.epilogue import Leaving
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 from cute_fmha.kernels.blackwell.softmax import packed, scaled
 
@@ -55,18 +55,15 @@ def columns(row: cute.Tensor, first: Any, count: int) -> list[Float32]:
 
 
 class Store(Fixed):
-    """Moves ``chunks`` chunks of ``chunk`` elements of ``dtype`` a row of one output tile; ``op``
-    makes a chunk from ``columns`` FP32 columns (by default as many)."""
+    """Moves output tiles of ``rows`` rows, as ``leaving`` says, as elements of ``dtype``."""
 
-    def __init__(
-        self, rows: int, chunk: int, chunks: int, dtype: Any, op: Op | None = None, columns: int = 0
-    ) -> None:
+    def __init__(self, rows: int, leaving: Leaving, dtype: Any) -> None:
         self.rows = rows
-        self.chunk = chunk
-        self.chunks = chunks
         self.dtype = dtype
-        self.op = op or Op()
-        self.columns = columns or chunk
+        self.op = leaving.op
+        self.chunks = leaving.chunks
+        self.row_bytes = leaving.chunk_bytes
+        self.columns = leaving.chunk_columns
 
     def apply(self, row: Row, arguments: tuple[Any, ...] | None) -> Apply:
         """What the op makes of the row; ``arguments`` are its parameters and the second output, as
@@ -74,13 +71,10 @@ class Store(Fixed):
         function = self.op.function
         if function is None:
             return None
-        arguments = arguments or ()
         kinds = self.op.parameters
-        parameters = [
-            _parameter(kind, value)
-            for kind, value in zip(kinds, arguments[: len(kinds)], strict=True)
-        ]
-        extra = arguments[len(kinds)] if len(arguments) > len(kinds) else None
+        values = (arguments or ())[: len(kinds)]
+        parameters = [_parameter(kind, value) for kind, value in zip(kinds, values, strict=True)]
+        extra = None if arguments is None or self.op.extra is None else arguments[-1]
         apply: Apply = function(row, parameters, extra)
         return apply
 
@@ -110,11 +104,12 @@ class Store(Fixed):
         barriers: Barriers,
         cursor: Cursor,
         apply: Apply = None,
-        column: Any = 0,
+        columns: Callable[[int], Any] | None = None,
     ) -> Cursor:
         """Make every chunk of a tile; rows are multiplied by ``scale``, or all 0 with ``zero``.
 
-        ``apply``: of the thread's row. ``column``: of the output, in which the tile begins.
+        ``apply``: of the thread's row. ``columns(c)``: the first column of the output in chunk
+        ``c``, where chunks do not simply follow each other.
         Reads: O at TMEM address ``tO`` (unless ``zero``). Writes: the chunk buffers.
         Waits: chunk_empty. Signals: chunk_full.
         """
@@ -122,7 +117,7 @@ class Store(Fixed):
             for c in cutlass.range_constexpr(self.chunks):
                 cursor = self.hand_over(
                     lambda first, count: [Float32(0.0)] * count, sO, thread, barriers, cursor,
-                    apply, column + c * self.columns,
+                    apply, self.first_column(c, columns),
                 )  # fmt: skip
         else:
             for c in cutlass.range_constexpr(self.chunks):
@@ -133,14 +128,12 @@ class Store(Fixed):
                         ),
                         scale,
                     ),
-                    sO, thread, barriers, cursor, apply, column + c * self.columns,
+                    sO, thread, barriers, cursor, apply, self.first_column(c, columns),
                 )  # fmt: skip
         return cursor
 
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a row of a chunk."""
-        return self.chunk * int(self.dtype.width) // 8
+    def first_column(self, c: int, columns: Callable[[int], Any] | None) -> Any:
+        return c * self.columns if columns is None else columns(c)
 
     def address(self, buffer: Int32, row: Int32, byte: Any) -> Int32:
         """Where the 16 bytes from ``byte`` on of a row of a chunk lie in its ``buffer``.

@@ -63,6 +63,7 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.epilogue import Leaving, Op
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE_WARPS, combine, epilogue, write
 from cute_fmha.kernels.blackwell.mla_decode_load import load
@@ -91,7 +92,8 @@ class MlaDecode:
         self.topology = topology(plan)
         self.dtype = DTYPES[plan.dtype]
         self.out_dtype = DTYPES[plan.out_dtype]
-        self.store = Store(2 * ROWS, plan.chunk, plan.chunks, self.out_dtype)
+        leaving = Leaving(Op(), plan.out_dtype, plan.head_dim_v // 2)
+        self.store = Store(2 * ROWS, leaving, self.out_dtype)
 
     @cute.jit
     def __call__(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
+from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
 from cute_fmha.kernels.blackwell.tmem import TmemMap, attention_map
 from cute_fmha.problem import Problem, Target
 
@@ -84,6 +85,7 @@ class Plan:
     pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
     by_polynomial: int = 0  # of 16 exponentials, those without the special-function unit
     rescale_threshold: float = 3.0  # log2 that a maximum rises by before O is rescaled
+    op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
         self.tmem  # noqa: B018  (its construction checks the map)
@@ -130,18 +132,9 @@ class Plan:
         return self.features.packed or self.features.used
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes of an output row that leave together: a swizzle atom of 128 or 64 bytes."""
-        return 128 if self.head_dim_v * self.out_dtype.itemsize % 128 == 0 else 64
-
-    @property
-    def chunk(self) -> int:
-        """Columns of the output that leave together."""
-        return self.chunk_bytes // self.out_dtype.itemsize
-
-    @property
-    def chunks(self) -> int:
-        return self.head_dim_v // self.chunk
+    def leaving(self) -> Leaving:
+        """How rows of the output leave."""
+        return Leaving(self.op, self.out_dtype, self.head_dim_v)
 
     @property
     def shared_parts(self) -> dict[str, int]:
@@ -151,7 +144,7 @@ class Plan:
             "Q": self.q_tiles * self.tile_m * self.head_dim * element,
             "K": self.k_stages * self.tile_n * self.head_dim * element,
             "V": self.v_stages * self.tile_n * self.head_dim_v * element,
-            "O": self.o_stages * self.tile_m * self.chunk_bytes,
+            "O": self.o_stages * self.tile_m * self.leaving.chunk_bytes,
             "statistics": self.q_tiles * self.tile_m * 2 * 4,
             "other": OTHER_BYTES,
         }
@@ -163,8 +156,9 @@ class Plan:
 
 @functools.cache
 def make_plan(
-    head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features
-) -> Plan:
+    head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features,
+    op: Op | None = None,
+) -> Plan:  # fmt: skip
     """Two Q tiles of 128 keys where TMEM and shared memory allow it, and as many stages as fit.
 
     At (192, 128) Q alone takes 96 KiB, so that KV tiles have 64 keys; at (256, 256) O takes half of
@@ -177,6 +171,7 @@ def make_plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
         q_tiles=1 if head_dim_v > 128 else 2,
         by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
+        op=op or Op(),
     )  # fmt: skip
     while plan.k_stages < 4:
         for stages in ((0, 1), (1, 0)):
@@ -232,6 +227,4 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         return "the prefill kernel has no block mask"
     if problem.num_splits > 1:
         return f"the prefill kernel does not split the keys; got num_splits={problem.num_splits}"
-    if not problem.epilogue.startswith("identity"):
-        return f"the prefill kernel has no epilogue {problem.epilogue!r}"
-    return None
+    return unsuited(problem)

@@ -95,7 +95,7 @@ class Prefill:
         self.out_dtype = DTYPES[plan.out_dtype]
         self.qk_tiler = (plan.tile_m, plan.tile_n, plan.head_dim)
         self.pv_tiler = (plan.tile_m, plan.head_dim_v, plan.tile_n)
-        self.store = Store(plan.tile_m, plan.chunk, plan.chunks, self.out_dtype)
+        self.store = Store(plan.tile_m, plan.leaving, self.out_dtype)
 
     @cute.jit
     def __call__(
@@ -108,6 +108,7 @@ class Prefill:
         mSink: cute.Tensor,
         mSkip: cute.Tensor,
         mStats: cute.Tensor,
+        op: tuple | None,
         lengths: Lengths,
         scalars: Scalars,
         stream: CUstream,
@@ -141,8 +142,8 @@ class Prefill:
             sK=sm100.make_smem_layout_b(mmas.qk, self.qk_tiler, self.dtype, plan.k_stages),
             sV=sm100.make_smem_layout_b(mmas.pv, self.pv_tiler, self.dtype, plan.v_stages),
             sO=sm100.make_smem_layout_epi(
-                self.out_dtype, cutlass.utils.LayoutEnum.ROW_MAJOR, (plan.tile_m, plan.chunk),
-                plan.o_stages,
+                self.out_dtype, cutlass.utils.LayoutEnum.ROW_MAJOR,
+                (plan.tile_m, plan.leaving.chunk), plan.o_stages,
             ),
         )  # fmt: skip
         load, save = cpasync.CopyBulkTensorTileG2SOp(one), cpasync.CopyBulkTensorTileS2GOp()
@@ -158,10 +159,23 @@ class Prefill:
             load, mV, cute.select(layouts.sV, mode=tile), self.pv_tiler, mmas.pv, cluster
         )
         tma_o, gO = cpasync.make_tiled_tma_atom(
-            save, mO, cute.select(layouts.sO, mode=[0, 1]), (plan.tile_m, plan.chunk)
+            save, mO, cute.select(layouts.sO, mode=[0, 1]), (plan.tile_m, plan.leaving.chunk)
         )
         mem = Global(
-            tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, mLSE, mSink, mSkip, mStats, *lengths[:3]
+            tma_q,
+            gQ,
+            tma_k,
+            gK,
+            tma_v,
+            gV,
+            tma_o,
+            gO,
+            mLSE,
+            mSink,
+            mSkip,
+            mStats,
+            op,
+            *lengths[:3],
         )
         self.kernel(mmas, mem, layouts, scalars).launch(
             grid=(works, 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1, stream=stream,

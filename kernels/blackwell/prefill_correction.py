@@ -75,6 +75,7 @@ def correction(
             if first_row < work.rows(tile):
                 row = first_row + thread
                 empty = fresh[t]
+                apply = store.apply(work.output_row(tile, row), mem.op)
                 total, row_max = Float32(0.0), Float32(EMPTY)
                 if q_tiles[t].any:
                     barriers.wait("scale_full", scale_phase[t], t)
@@ -92,14 +93,14 @@ def correction(
                     )
                 nothing = total == 0.0
                 scale = 0.0 if nothing else left * cute.arch.rcp_approx(total)
-                tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
-                chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
                 if cutlass.const_expr(plan.features.lse):
                     lse = -Float32.inf
                     if not nothing:
                         lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
                     if row < work.rows(tile):
                         mem.mLSE[work.lse_place(tile, row)] = lse
+                tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
+                chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk, apply)
         tile = work.next(tile, barriers)
 
 
@@ -128,7 +129,8 @@ def epilogue(
     tile = work.first(barriers)
     while tile.exists:
         # (ROWS, CHUNK, ROW_TILE, CHUNKS)
-        gO = cute.local_tile(work.outputs(tile, mem.mO), (plan.tile_m, plan.chunk), (None, None))
+        mO = work.outputs(tile, mem.mO)
+        gO = cute.local_tile(mO, (plan.tile_m, plan.leaving.chunk), (None, None))
         for t in cutlass.range_constexpr(plan.q_tiles):
             if work.first_row(tile, t) < work.rows(tile):
                 row_tile = tile.block * plan.q_tiles + t

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from cute_fmha.kernels.blackwell.epilogue import device_view, op_arguments, op_of, placeholders
 from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan, packed_heads
 from cute_fmha.problem import Problem
 
@@ -41,7 +42,12 @@ def plan_of(problem: Problem) -> Plan:
         used=problem.seqused,
     )
     plan = make_plan(
-        problem.head_dim, problem.head_dim_v, problem.dtype, problem.out_dtype, features
+        problem.head_dim,
+        problem.head_dim_v,
+        problem.dtype,
+        problem.out_dtype,
+        features,
+        op_of(problem),
     )
     return replace(plan, pack=packed_heads(problem, plan.work_rows))
 
@@ -69,11 +75,12 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
         placeholder(dtype, *rows, plan.head_dim, align=16),
         placeholder(dtype, *rows, plan.head_dim, align=16),
         placeholder(dtype, *rows, plan.head_dim_v, align=16),
-        placeholder(out_dtype, *rows, plan.head_dim_v, align=16),
+        placeholder(out_dtype, *rows, plan.leaving.elements, align=16),
         placeholder(Float32, *rows) if features.lse else None,
         placeholder(Float32, None) if features.sink else None,
         placeholder(Float32, 1) if features.skip_tensor else None,
         placeholder(Int64, 2) if features.count else None,
+        placeholders(plan.op),
         Lengths(starts, starts, used, Int32(0)),
         Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -95,7 +102,8 @@ def call_arguments(problem: Problem) -> Callable[[Call], tuple[Any, ...]]:
             scale, cap_inner = call.softcap, scale / call.softcap
         scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value)
         return (
-            call.q, call.k, call.v, call.out, call.lse, call.sink, call.skip_tensor, call.stats,
+            call.q, call.k, call.v, device_view(call.out), call.lse, call.sink, call.skip_tensor,
+            call.stats, op_arguments(call),
             (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, problem.seqlen_q), scalars,
         )  # fmt: skip
 

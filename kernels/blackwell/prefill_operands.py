@@ -45,6 +45,7 @@ class Global(NamedTuple):
     mSink: cute.Tensor  # (HEAD_Q,)
     mSkip: cute.Tensor  # (1,): in place of the scalar
     mStats: cute.Tensor  # (2,): KV tiles skipped, and all
+    op: tuple[Any, ...] | None  # what the epilogue op reads, and its second output
     mStartQ: Any  # (BATCH + 1,): where packed sequences begin, and the last one ends
     mStartK: Any
     mUsed: Any  # (BATCH,): keys in use; None where a call has no such tensor

@@ -25,6 +25,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
+from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
 from cute_fmha.kernels.blackwell.plan import Plan
@@ -132,6 +133,14 @@ class Work(Fixed):
         """The head of Q that ``row`` is of."""
         pack = self.plan.pack
         return tile.head if pack == 1 else tile.head * pack + row % pack
+
+    def output_row(self, tile: WorkTile, row: Int32) -> Row:
+        """``row`` as the epilogue op sees it."""
+        live = row < self.rows(tile)
+        row = cutlass.min(row, self.rows(tile) - 1)
+        start = tile.start_q if self.plan.features.packed else tile.batch * tile.seqlen_q
+        token, head = start + self.position(row), self.head_of(tile, row)
+        return Row(token, head, live, self.plan.head_dim_v)
 
     def lse_place(self, tile: WorkTile, row: Int32) -> tuple[Int32, ...]:
         """Coordinates of the LSE of ``row``."""

@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import pytest
 import torch
-import triton.language as tl
 from fragments import (
     E2M1,
     E4M3,
@@ -25,6 +24,7 @@ from fragments import (
     rounding_edges,
     same_bits,
 )
+from own_op import Squared
 
 import cute_fmha
 from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, NVFP4Output, Scale
@@ -381,8 +381,11 @@ def test_calls_refuse(op, call, message):
         (lambda: Scale(torch.zeros(2, 2)), r"one element or \[Hq\]; got torch.float32 \(2, 2\)"),
         (lambda: FP8(torch.zeros(1).half()), "FP8 scale as a tensor must be float32.*float16"),
         (lambda: FP8(0.0), "FP8 scale must be > 0; got 0.0"),
-        (lambda: NVFP4(-1.0), "NVFP4 global_scale must be a finite number > 0; got -1.0"),
-        (lambda: NVFP4(float("inf")), "global_scale must be a finite number > 0; got inf"),
+        (
+            lambda: NVFP4(-1.0),
+            r"NVFP4 global_scale must be a number from 2\*\*-100 to 2\*\*100; got -1.0",
+        ),
+        (lambda: NVFP4(float("inf")), "global_scale must be a number from .*; got inf"),
         (lambda: NVFP4(torch.zeros(2)), r"must hold one float32 element; got torch.float32 \(2,\)"),
     ],
 )
@@ -406,28 +409,6 @@ def test_mla_output_shapes():
 
 
 # -- an op of one's own ---------------------------------------------------------------------------
-
-
-def squared(x, token, head, live, parameters, extra, DV):
-    return x * x * tl.load(parameters[0][0] + token)[:, None]
-
-
-class Squared(EpilogueOp):
-    """``x² · weight[token]``."""
-
-    key = "test:squared"
-    triton = staticmethod(squared)
-
-    def __init__(self, weight: torch.Tensor) -> None:
-        self.weight = weight
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.weight,)
-
-    @staticmethod
-    def reference(x, parameters, out_dtype):
-        return (x * x * parameters[0].view(*x.shape[:-2], 1, 1)).to(out_dtype)
 
 
 class ReferenceOnly(EpilogueOp):

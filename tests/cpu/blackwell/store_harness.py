@@ -31,9 +31,7 @@ class FragmentKernel:
     def __init__(self, leaving: Leaving, run: int = 0, ragged: bool = True) -> None:
         self.leaving, self.run, self.ragged = leaving, run, ragged
         self.dtype = DTYPES[leaving.dtype]
-        self.store = Store(
-            ROWS, leaving.chunk, leaving.chunks, self.dtype, leaving.op, leaving.chunk_columns
-        )
+        self.store = Store(ROWS, leaving, self.dtype)
         self.topology = Topology(
             (Role("make", (0, 1, 2, 3), 128), Role("store", (4,), 128)),
             (
@@ -149,7 +147,9 @@ def run(
 ) -> Any:  # fmt: skip
     """Store what ``op`` makes of ``x`` [TOKENS, HEADS, DV]; returns the report."""
     parameters: tuple[torch.Tensor | float, ...] = (*op.tensors, *op.values)
-    leaving = Leaving(Op(op.key, tuple(map(kind_of, parameters))), out.dtype, x.shape[-1])
+    kind = None if extra is None else kind_of(extra)
+    compiled_in = Op(op.key, tuple(map(kind_of, parameters)), kind)
+    leaving = Leaving(compiled_in, out.dtype, x.shape[-1])
     values = (*parameters, *(() if extra is None else (extra,)))
     starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0).int()
     tensors = [tensor(t) for t in (x, device_view(out), starts)]

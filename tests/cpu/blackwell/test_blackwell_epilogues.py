@@ -1,4 +1,5 @@
-"""Epilogue ops on Blackwell: `Store` alone, on fragments, bit by bit against the specification."""
+"""Epilogue ops on Blackwell, bit by bit against the specification: `Store` alone on fragments, and
+at the end of the prefill kernel."""
 
 from __future__ import annotations
 
@@ -19,10 +20,13 @@ from fragments import (
     rounding_edges,
     same_bits,
 )
+from own_op import Squared
 
+from cute_fmha.emulator.backend import emulated_calls
 from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, Scale
 from cute_fmha.epilogues.nvfp4 import swizzle
 from cute_fmha.kernels.triton.plan import interpreting
+from cute_fmha.testing import AttentionCase, Heads, Options, Source, check, dense_case, packed_case
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 stores = pytest.importorskip("store_harness")
@@ -35,6 +39,7 @@ policies = pytest.mark.parametrize(
 RANDOM = harness.POLICIES[2]
 HEADS = torch.tensor([0.037, 1.0, 250.0])
 GUARD = 0x5A
+FP16 = Source(torch.float16, std=1.0)
 
 
 def guarded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,44 +190,114 @@ def test_gate_in_any_layout(dtype, run):
         torch.testing.assert_close(out, x * gate.float().sigmoid(), rtol=1e-6, atol=1e-6)
 
 
-class Centred(EpilogueOp):
-    """e4m3 of ``|x| − offset[token]``."""
-
-    key = "test:centred"
-
-    def __init__(self, offset: torch.Tensor) -> None:
-        self.offset = offset
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        return (self.offset,)
-
-    def out_dtype(self, input_dtype: torch.dtype) -> torch.dtype:
-        return torch.float8_e4m3fn
-
-    @staticmethod
-    def reference(x, parameters, out_dtype):
-        made = x.abs() - parameters[0][:, None, None]
-        return made.clamp(-448, 448).to(out_dtype)
-
-    @staticmethod
-    def blackwell(row, parameters, extra):
-        from cutlass import cute
-
-        from cute_fmha.kernels.blackwell import ptx
-
-        offset = parameters[0][row.token]
-
-        def apply(x, column):
-            made = [cute.arch.fmax(value, -value) - offset for value in x]
-            return [ptx.pack_e4m3(made[j : j + 4]) for j in range(0, len(made), 4)]
-
-        return apply
-
-
 @policies
 def test_own_op(policy):
-    op = Centred(torch.randn(140))
-    x = torch.randn(140, 2, 64)
-    for run in (0, 32):
-        assert same_bits(on_blackwell(op, x, [140], policy, run=run), on_reference(op, x))
+    """On all backends; it says nothing of how rows leave."""
+    case = dense_case(2, 65, 97, Heads(4, 2, 64, 64), Options(causal=True), FP16)
+    weight = torch.rand(2 * 65)
+    for backend in ("reference", "triton", "emulator") if interpreting() else ("emulator",):
+        with emulated_calls(policy):
+            x, _ = case.run(epilogue=Identity(torch.float32), backend=backend)
+            out, _ = case.run(epilogue=Squared(weight), backend=backend)
+        assert torch.equal(out, Squared.reference(x, (weight,), torch.float16)), backend
+
+
+def test_op_without_blackwell_is_refused_there():
+    case = dense_case(1, 3, 5, Heads(1, 1, 64, 64), Options(), FP16)
+    with pytest.raises(NotImplementedError, match="'test:no-blackwell' has no Blackwell function"):
+        case.run(epilogue=ReferenceOnly(), backend="emulator")
+
+
+class ReferenceOnly(EpilogueOp):
+    key = "test:no-blackwell"
+
+
+# -- the prefill kernel ----------------------------------------------------------------------------
+
+
+def stored(case: AttentionCase, op: EpilogueOp, policy: Any) -> tuple[Any, torch.Tensor]:
+    """(result, lse) of an emulated call that gets its outputs among guard bytes; the padding of
+    NVFP4's scales is left out of the result."""
+    *batch, seqlen, heads, _ = case.q.shape
+    tokens = case.q[..., 0, 0].numel()
+    dtype, columns = op.out_dtype(case.q.dtype), op.out_columns(case.v.shape[-1])
+    size = (columns + 32) * dtype.itemsize
+    memory = torch.full((*batch, seqlen + 200, heads, size), GUARD, dtype=torch.uint8)
+    out: Any = memory.view(dtype)[..., 100 : 100 + seqlen, :, :columns]
+    spec = op.extra(tokens, heads, case.v.shape[-1])
+    extra = None
+    if spec is not None:
+        extra = torch.full(spec.shape, GUARD, dtype=torch.uint8)
+    given = out if extra is None else (out, extra.view(torch.float8_e4m3fn))
+    with emulated_calls(policy):
+        _, lse = case.run(epilogue=op, backend="emulator", out=given)
+    result = out.clone()
+    out.view(torch.uint8).fill_(GUARD)
+    assert (memory == GUARD).all(), "bytes beside the rows were written"
+    if extra is None:
+        return result, lse
+    inside = torch.ones(tokens, heads * case.v.shape[-1] // 16, dtype=torch.float8_e4m3fn)
+    padding = swizzle(inside).view(torch.uint8) == 0
+    assert (extra[padding] == GUARD).all(), "padding of the scales was written"
+    return (result, extra.masked_fill(padding, 0)), lse
+
+
+def prefill_ops(case: AttentionCase) -> list[EpilogueOp]:
+    scales = torch.tensor([0.037, 250.0])
+    gate = torch.randn(*case.q.shape[:-1], case.v.shape[-1]).to(case.q.dtype)
+    return [Scale(scales, torch.float16), FP8(scales), NVFP4(torch.tensor(500.0)), Gate(gate)]
+
+
+ALL_DIMS = [(64, 64), (96, 96), (128, 128), (192, 128), (256, 256)]
+
+
+def dense(dims: tuple[int, int]) -> AttentionCase:
+    options = Options(causal=True, sink=True)
+    return dense_case(2, 150, 140, Heads(2, 1, *dims), options, Source(torch.bfloat16, std=1.0))
+
+
+def packed(dims: tuple[int, int]) -> AttentionCase:
+    lengths = [130, 0, 3, 257], [40, 9, 0, 300]
+    return packed_case(*lengths, Heads(2, 2, *dims), Options(causal=True), FP16)
+
+
+SWEPT = [
+    pytest.param(make, dims, marks=pytest.mark.sweep)
+    for make in (dense, packed)
+    for dims in ALL_DIMS
+]
+
+
+@pytest.mark.parametrize(("make", "dims"), [(dense, (96, 96)), (packed, (64, 64)), *SWEPT])
+def test_prefill_stores_what_the_op_makes_of_the_output(make, dims):
+    """Ragged ends, rows without a key, several heads and sequences: the bits that the specification
+    makes of the kernel's own FP32 output, which is right."""
+    case = make(dims)
+    for policy in harness.POLICIES:
+        x, lse = stored(case, Identity(torch.float32), policy)
+        check(case, x, lse)
+        for op in prefill_ops(case):
+            result, its_lse = stored(case, op, policy)
+            parameters = (*op.tensors, *op.values)
+            expected = op.reference(x, parameters, op.out_dtype(case.q.dtype))
+            if isinstance(op, Gate):
+                torch.testing.assert_close(result, expected, rtol=2**-7, atol=1e-6)
+            elif isinstance(expected, tuple):
+                assert same_bits(result, tuple(t.view(torch.uint8) for t in expected)), op
+            else:
+                assert same_bits(result, expected), op
+            assert torch.equal(its_lse, lse)
+
+
+def test_row_that_sees_nothing():
+    """The sink's share apart, such a row is 0: what an op makes of 0 is stored, not 0."""
+    case = dense_case(1, 200, 40, Heads(1, 1, 64, 64), Options(causal=True), FP16)
+    gate = torch.randn(1, 200, 1, 64).half()
+    gate[:, 10] = torch.nan
+    for policy in harness.POLICIES:
+        (packed, scales), _ = stored(case, NVFP4(), policy)
+        assert not packed[:, :160].any()
+        assert not scales.view(-1, 512)[0, :].any()  # rows 0–127, columns 0–3
+        out, _ = stored(case, Gate(gate), policy)
+        assert out[:, 10].isnan().all()
+        assert not out[:, 11:160].any()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cute_fmha.epilogues.base import Kind
 from cute_fmha.kernels.blackwell.plan import (
     HEAD_DIMS,
     Features,
@@ -87,6 +88,7 @@ def test_what_can_be_implemented():
     assert can_implement(problem(), B200) is None
     assert can_implement(problem(layout="packed", packed_q=True, seqlen_k=0), B200) is None
     assert can_implement(problem(seqused=True), B200) is None
+    assert can_implement(problem(epilogue="nvfp4", out_dtype=torch.uint8), B200) is None
     assert can_implement(problem(head_dim=192, window_right=0, skip=True, sink=True), B200) is None
     refused: dict[str, dict[str, Any]] = {
         "got paged": {"layout": "paged"},
@@ -95,7 +97,7 @@ def test_what_can_be_implemented():
         "at least one": {"seqlen_k": 0},
         "block mask": {"block_mask": (128, 128)},
         "num_splits=2": {"num_splits": 2},
-        "epilogue 'nvfp4'": {"epilogue": "nvfp4"},
+        "read and write no torch.int8": {"parameters": (Kind(torch.int8, 1, False),)},
     }
     for reason, changes in refused.items():
         assert re.search(reason, can_implement(problem(**changes), B200) or "")

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cute_fmha.epilogues.base import Kind
+from cute_fmha.kernels.blackwell.epilogue import Op
 from cute_fmha.kernels.blackwell.plan import HEAD_DIMS, Features, make_plan
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
@@ -86,3 +88,29 @@ def test_machine_code(dims, features, arch, tmp_path):
 )
 def test_machine_code_of_every_pair(dims, features, dtype, out_dtype, tmp_path):
     check(dims, dtype, out_dtype, features, "sm_100a", tmp_path)
+
+
+NUMBER, ROWS = Kind(torch.float32, 0, False), Kind(torch.bfloat16, 3, True)
+SCALES = Kind(torch.float8_e4m3fn, 2, True)
+
+
+@no_disassembler
+@pytest.mark.parametrize(
+    ("op", "out_dtype", "instruction"),
+    [
+        (Op("nvfp4", (NUMBER,), SCALES), torch.uint8, "E2M1"),
+        pytest.param(Op("fp8", (NUMBER,)), torch.float8_e4m3fn, "E4M3", marks=pytest.mark.sweep),
+        pytest.param(Op("gate", (ROWS,)), BF16, "LDG.E.128", marks=pytest.mark.sweep),
+    ],
+    ids=lambda value: getattr(value, "key", ""),
+)
+def test_machine_code_of_epilogue_ops(op, out_dtype, instruction, tmp_path):
+    """Hardware's conversions and vector loads, and no stack either."""
+    features = Features(**WINDOW, sink=True, skip=True, count=True)
+    plan = make_plan(128, 128, BF16, out_dtype, features, op)
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(harness.build(plan, "sm_100a").cubin)
+    assert re.search(r"STACK:0 .*LOCAL:0 ", tool("cuobjdump", "-res-usage", str(path)))
+    code = tool("nvdisasm", "-c", str(path))
+    assert "UTCHMMA" in code
+    assert instruction in code

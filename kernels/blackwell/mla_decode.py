@@ -92,7 +92,7 @@ class MlaDecode:
         self.topology = topology(plan)
         self.dtype = DTYPES[plan.dtype]
         self.out_dtype = DTYPES[plan.out_dtype]
-        leaving = Leaving(Op(), plan.out_dtype, plan.head_dim_v // 2)
+        leaving = Leaving(Op(), plan.out_dtype, plan.head_dim_v // 2, plan.chunk_bytes)
         self.store = Store(2 * ROWS, leaving, self.out_dtype)
 
     @cute.jit

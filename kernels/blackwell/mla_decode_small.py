@@ -33,7 +33,7 @@ in the lower 16 lanes of each warp.
     0     16    32    48    64    80    96
     | O0  | O1  | O2  | O3  | S0  | S1  |
 
-Pipelines: `mla_decode_small_plan.topology`.
+Pipelines: `topology`.
 
 Timeline of tile n in steady state, when latents are what the CTA waits for
 
@@ -47,7 +47,7 @@ Timeline of tile n in steady state, when latents are what the CTA waits for
 
 If the parts of n + 1 are there first, QK (n + 1) is issued before PV (n) and hides the softmax.
 
-Constraints: `mla_decode_small_plan`.
+Constraints: `mla_decode_small_plan.can_implement`.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ import torch
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
+from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_decode_small_epilogue import combine
 from cute_fmha.kernels.blackwell.mla_decode_small_load import load, query
 from cute_fmha.kernels.blackwell.mla_decode_small_mma import mma
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
@@ -66,18 +68,50 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
     COLUMNS,
     PART_BLOCKS,
     SmallPlan,
-    topology,
 )
 from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
-from cute_fmha.kernels.blackwell.pipelines import Barriers
+from cute_fmha.kernels.blackwell.pipelines import Barrier, Barriers, Topology
 from cute_fmha.kernels.blackwell.ragged import ragged
+from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
 
 DTYPES = {
     torch.float16: cutlass.Float16,
     torch.bfloat16: cutlass.BFloat16,
     torch.float32: cutlass.Float32,
 }
+
+
+def topology(plan: SmallPlan) -> Topology:
+    """The barriers of `mla_decode_small`.
+
+        load  ── v_full, r_full ──> mma ── s_full ──> softmax
+              <─ v_empty, r_empty ─     <─ p_full ───
+        query ── q_full ──────────>     ── o_full ──>
+              <─ q_empty ──────────
+
+    s_full, p_full and o_full exist once per buffer. That the two S and the two P are free again
+    needs no barrier: S(n + 2) is issued after P(n) was handed over, and complete after P V (n) is.
+    """
+    rope: tuple[Barrier, ...] = ()
+    if plan.rope_blocks:
+        rope = (
+            Barrier("r_full", plan.r_stages, (("load", "bytes"),)),
+            Barrier("r_empty", plan.r_stages, (("mma", "commit"),)),
+        )
+    return Topology(
+        plan.roles,
+        (
+            Barrier("q_full", 1, (("query", "warp"),)),
+            Barrier("q_empty", 1, (("mma", "commit"),)),
+            Barrier("v_full", plan.v_stages, (("load", "bytes"),)),
+            Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
+            *rope,
+            Barrier("s_full", 2, (("mma", "commit"),)),
+            Barrier("p_full", 2, (("softmax", "warp"),)),
+            Barrier("o_full", 2, (("mma", "commit"),)),
+        ),
+    )
 
 
 class MlaDecodeSmall:
@@ -123,9 +157,15 @@ class MlaDecodeSmall:
         )
         load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
         tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, shape)
-        mem = Global(tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats)
+        mem = Global(
+            tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters, mPartial
+        )
+        workers = most_workers(
+            plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
+            scalars.num_splits,
+        )  # fmt: skip
         self.kernel(mem, scalars).launch(
-            grid=(cutlass.min(mQ.shape[0], ctas), 1, 1), block=(plan.threads, 1, 1),
+            grid=(cutlass.min(workers, ctas), 1, 1), block=(plan.threads, 1, 1),
             min_blocks_per_mp=1,
         )  # fmt: skip
 
@@ -149,6 +189,7 @@ class MlaDecodeSmall:
             sMinus: cute.struct.MemRange[Float32, plan.rows]
             sVote: cute.struct.Align[cute.struct.MemRange[Int32, 8], 16]
             sKeep: cute.struct.MemRange[Int32, 2]
+            sFound: cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16]
             sTokens: cute.struct.Align[cute.struct.MemRange[Int32, plan.tile_n], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
@@ -166,10 +207,12 @@ class MlaDecodeSmall:
         if warp == mma_warp:
             cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem)
             cute.arch.relinquish_tmem_alloc_permit()
+        if warp == plan.role("query").warps[0]:
+            Work(plan, mem, scalars).begin(shared.sFound)
         cute.arch.sync_threads()
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
 
-        work = Work(plan, mem, scalars)
+        work = Work(plan, mem, scalars, shared.sFound)
         if warp < mma_warp:
             softmax(
                 plan, self.dtype, self.out_dtype, work, mem, shared, scalars, tmem,
@@ -181,6 +224,8 @@ class MlaDecodeSmall:
             load(plan, work, mem, shared, barriers.of("load"))
         else:
             query(plan, work, mem, shared, barriers.of("query"))
+        if cutlass.const_expr(plan.cut is not Cut.WHOLE):
+            combine(work, self.out_dtype, warp)
         cute.arch.sync_threads()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns)
@@ -210,5 +255,6 @@ class MlaDecodeSmall:
             sMinus=storage.sMinus.get_tensor(cute.make_layout(plan.rows)),
             sVote=storage.sVote.data_ptr().toint(),
             sKeep=storage.sKeep.get_tensor(cute.make_layout(2)),
+            sFound=storage.sFound.get_tensor(cute.make_layout(FOUND)),
             sTokens=storage.sTokens.get_tensor(cute.make_layout(plan.tile_n)),
         )

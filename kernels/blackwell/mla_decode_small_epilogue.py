@@ -1,18 +1,22 @@
-"""The end of a segment in `mla_decode_small`: O leaves TMEM, is transposed in shared memory, and
+"""The end of a piece in `mla_decode_small`: O leaves TMEM, is transposed in shared memory, and
 goes to global memory as rows, 16 neighbouring columns of one row a thread."""
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS
-from cute_fmha.kernels.blackwell.mla_decode_small_work import EXCHANGE, Group, Segment
-from cute_fmha.kernels.blackwell.softmax import LOG2_E, packed, with_sink
+from cute_fmha.kernels.blackwell.mla_decode_small_work import COMBINE, EXCHANGE, Group, Work
+from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, packed, scaled, with_sink
+from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 LN2 = math.log(2.0)
 
@@ -34,10 +38,10 @@ def swizzled(column: Int32) -> Int32:
 
 
 @cute.jit
-def finish(group: Group, out_dtype, segment: Segment, minus, total, count: Int32):
-    """Normalise and store O and LSE of a segment that had tiles, ``count`` so far in all."""
-    plan, shared = group.plan, group.shared
-    rows = group.rows()
+def finish(group: Group, out_dtype, place: Place, piece: Piece, minus, total, count: Int32):
+    """Of a piece that has tiles, ``count`` so far in all, store O and LSE, or its partial result if
+    it is not a whole work tile."""
+    shared, rows = group.shared, group.rows()
     totals = []
     for i in cutlass.range_constexpr(len(rows)):
         sum_of_warp = total[i]
@@ -51,52 +55,106 @@ def finish(group: Group, out_dtype, segment: Segment, minus, total, count: Int32
             if group.warp == 0:
                 shared.sMinus[rows[i]] = minus[i]
     cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
-    scales = []
-    for row in own_rows(group):
-        of_warps = [shared.sFade[row, warp] for warp in range(4)]
-        row_total = (of_warps[0] + of_warps[1]) + (of_warps[2] + of_warps[3])
-        scales.append(outcome(group, segment, row, shared.sMinus[row], row_total))
     group.wait_product(count - 1)
+    if piece.whole != 0:
+        scales = []
+        for row in own_rows(group):
+            scales.append(outcome(group.work, piece, row, *statistics(group, row), lead(group)))
+        transposed(
+            group, lambda j, row, column, values: store(
+                group.work, out_dtype, piece, row, column, [x * scales[j] for x in values]
+            ),
+        )  # fmt: skip
+    elif cutlass.const_expr(group.plan.cut is not Cut.WHOLE):
+        work = group.work
+        slot = work.splitkv.own_address(work.workspace, work.pieces, place, piece)
+        if lead(group):
+            for row in own_rows(group):
+                work.splitkv.write_row(slot, row, *statistics(group, row))
+        transposed(
+            group,
+            lambda j, row, column, values: work.splitkv.write(slot, row, column, values),
+        )
+        cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
+        if group.warp * 32 + group.lane == 0:
+            work.splitkv.arrive(work.workspace, work.pieces, place, piece)
+
+
+def lead(group: Group) -> Boolean:
+    """Whether the thread has the first columns of its rows."""
+    return group.lane % (COLUMNS // RUN) == 0
+
+
+def statistics(group: Group, row: Int32) -> tuple[Float32, Float32]:
+    """(maximum in base 2, Σ P) of a row, when `finish` has collected them."""
+    a, b, c, d = (group.shared.sFade[row, warp] for warp in range(4))
+    return -group.shared.sMinus[row], (a + b) + (c + d)
+
+
+@cute.jit
+def transposed(group: Group, output: cutlass.Constexpr):
+    """Call ``output(j, row, column, values)`` for every part of O with what the thread has of its
+    ``j``-th row: a run of columns."""
+    plan, sO = group.plan, group.shared.sO
     thread = group.warp * 32 + group.lane
+    first = thread * RUN % COLUMNS
     for part in cutlass.range(plan.parts, unroll=1):
         tO = group.tmem + plan.tmem["O0"].start + part * plan.rows
-        column = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO, plan.rows))
+        of_rows = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO, plan.rows))
         if part > 0:
             cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
         for row in cutlass.range_constexpr(plan.rows):
-            shared.sO[swizzled(thread), row] = column[row]
+            sO[swizzled(thread), row] = of_rows[row]
         cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
-        for j in cutlass.range_constexpr(len(scales)):
+        for j in cutlass.range_constexpr(len(own_rows(group))):
             row = own_rows(group)[j]
-            first = thread * RUN % COLUMNS
             values = []
             for piece in cutlass.range_constexpr(0, RUN, 4):
-                at = shared.sO.iterator.toint() + (row * COLUMNS + swizzled(first + piece)) * 4
-                values += [x * scales[j] for x in ptx.load_shared(at, Float32)]
-            store_run(group, out_dtype, segment, row, part * COLUMNS + first, values)
-    # The next segment's P V overwrites O.
-    ptx.tcgen05_fence_before()
+                at = sO.iterator.toint() + (row * COLUMNS + swizzled(first + piece)) * 4
+                values += ptx.load_shared(at, Float32)
+            output(j, row, part * COLUMNS + first, values)
 
 
 @cute.jit
-def nothing(group: Group, out_dtype, segment: Segment):
-    """Store what a segment without tiles gives: zeros."""
-    empty = -Float32(-1.0e30) * group.scalars.scale_log2
+def nothing(group: Group, out_dtype, piece: Piece):
+    """Store what a work tile without tiles gives: zeros."""
+    empty = EMPTY * group.scalars.scale_log2
     first = (group.warp * 32 + group.lane) * RUN % COLUMNS
     for row in own_rows(group):
-        outcome(group, segment, row, empty, Float32(0.0))
+        outcome(group.work, piece, row, empty, Float32(0.0), lead(group))
         for part in cutlass.range(group.plan.parts, unroll=1):
             zeros = [Float32(0.0)] * RUN
-            store_run(group, out_dtype, segment, row, part * COLUMNS + first, zeros)
+            store(group.work, out_dtype, piece, row, part * COLUMNS + first, zeros)
 
 
 @cute.jit
-def outcome(group: Group, segment: Segment, row: Int32, minus: Float32, total: Float32):
-    """The factor that normalises a row of O; its LSE is stored."""
-    work, mem, features = group.work, group.mem, group.plan.features
-    position = row // work.heads
-    head = row - position * work.heads
-    maximum_log2, left = -minus, Float32(1.0)
+def combine(work: Work, out_dtype, warp: Int32):
+    """Reduce partial results and store what comes of them."""
+    warps = work.plan.threads // 32
+    work.splitkv.combine(
+        work.workspace, work.pieces, warp, warps, COMBINE,
+        functools.partial(reduced, work, out_dtype),
+    )  # fmt: skip
+
+
+@cute.jit
+def reduced(
+    work: Work, out_dtype, piece: Piece, row: Int32, column: Int32, values,
+    maximum_log2: Float32, total: Float32,
+):  # fmt: skip
+    """Normalise and store neighbouring columns of a row."""
+    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
+    store(work, out_dtype, piece, row, column, scaled(values, scale))
+
+
+@cute.jit
+def outcome(
+    work: Work, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
+):
+    """The factor that normalises a row of O; its LSE is stored where ``tell``."""
+    mem, features = work.mem, work.plan.features
+    position, head, exists = work.position(piece, row)
+    left = Float32(1.0)
     if cutlass.const_expr(features.sink):
         maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
     scale, lse = left * cute.arch.rcp_approx(total), -Float32.inf
@@ -105,19 +163,19 @@ def outcome(group: Group, segment: Segment, row: Int32, minus: Float32, total: F
     else:
         lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
     if cutlass.const_expr(features.lse):  # noqa: SIM102  (compile and run time)
-        if row < work.rows and group.lane % (COLUMNS // RUN) == 0:
-            mem.mLSE[segment.batch, head, position] = lse
+        if exists & tell:
+            mem.mLSE[piece.batch, head, position] = lse
     return scale
 
 
-def store_run(
-    group: Group, out_dtype, segment: Segment, row: Int32, column: Int32, values: list[Float32]
+def store(
+    work: Work, out_dtype: Any, piece: Piece, row: Int32, column: Int32, values: list[Float32]
 ) -> None:
     """Cast and store neighbouring columns of a row, if it exists."""
-    work, mO = group.work, group.mem.mO
-    position = row // work.heads
-    at = (segment.batch, position, row - position * work.heads, column)
+    mO = work.mem.mO
+    position, head, exists = work.position(piece, row)
+    at = (piece.batch, position, head, column)
     target = (mO.iterator + cute.crd2idx(at, mO.layout)).toint()
     words = values if out_dtype is Float32 else packed(values, out_dtype)
-    for piece in range(0, len(words), 4):
-        ptx.store_global(target + piece * 4, words[piece : piece + 4], row < work.rows)
+    for first in range(0, len(words), 4):
+        ptx.store_global(target + first * 4, words[first : first + 4], exists)

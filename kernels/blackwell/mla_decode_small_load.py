@@ -16,16 +16,17 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
     PART_BLOCKS,
     SmallPlan,
 )
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Segment, Shared, Work
+from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.ragged import cut
+from cute_fmha.kernels.blackwell.worklist import Piece
 
 ABSENT = -1
 """A page that no cache has: its rows arrive as zeros."""
 
 
 @cute.jit
-def lookup(plan: SmallPlan, mem: Global, segment: Segment, n: Int32):
+def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
     """What a lane looks up in the table for tile ``n``: (page, row of the page) of box ``lane``;
     gathered, the pages of tokens ``lane`` and ``lane`` + 32.
 
@@ -35,15 +36,15 @@ def lookup(plan: SmallPlan, mem: Global, segment: Segment, n: Int32):
         pages = [Int32(ABSENT), Int32(ABSENT)]
         for half in cutlass.range_constexpr(2):
             token = first + half * 32 + lane
-            if token < segment.length:
-                pages[half] = mem.mTable[segment.batch, token]
+            if token < piece.length:
+                pages[half] = mem.mTable[piece.batch, token]
         result = pages[0], pages[1]
     else:
         page_rows = mem.mL.shape[0]
         token, page = first + lane * plan.box, Int32(0)
         slot = token // page_rows
-        if token < segment.length and lane < plan.boxes:
-            page = mem.mTable[segment.batch, slot]
+        if token < piece.length and lane < plan.boxes:
+            page = mem.mTable[piece.batch, slot]
         result = page, token - slot * page_rows
     return result
 
@@ -52,7 +53,7 @@ class Boxes:
     """The boxes of one tile, made from what `lookup` gave every lane."""
 
     def __init__(
-        self, plan: SmallPlan, mem: Global, shared: Shared, segment: Segment, n: Int32, found: Any
+        self, plan: SmallPlan, mem: Global, shared: Shared, piece: Piece, n: Int32, found: Any
     ) -> None:
         page, row = found
         self.tma = mem.tma
@@ -61,7 +62,7 @@ class Boxes:
         self.sources = []
         for i in range(plan.boxes):
             source = mem.mL[None, None, cute.arch.shuffle_sync(page, i), None]
-            left = segment.length - n * plan.tile_n - i * plan.box
+            left = piece.length - n * plan.tile_n - i * plan.box
             rows = cutlass.max(cutlass.min(left, plan.box), 0)
             self.sources.append(cut(source, 0, cute.arch.shuffle_sync(row, i), rows))
 
@@ -81,7 +82,7 @@ class Gathers:
     """The tokens of one tile, four at a time, made from what `lookup` gave every lane."""
 
     def __init__(
-        self, plan: SmallPlan, mem: Global, shared: Shared, segment: Segment, n: Int32, found: Any
+        self, plan: SmallPlan, mem: Global, shared: Shared, piece: Piece, n: Int32, found: Any
     ) -> None:
         self.plan = plan
         self.tensor_map = ptx.tensor_map(mem.tma)
@@ -112,14 +113,14 @@ def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Bar
     zeros, whatever memory holds there."""
     kind = Gathers if plan.gather else Boxes
     v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
-    first_index, last_index, stride = work.indices()
-    for index in cutlass.range(first_index, last_index, stride, unroll=1):
-        segment = work.segment(index)
-        found = lookup(plan, mem, segment, segment.begin)
-        for n in cutlass.range(segment.begin, segment.end, unroll=1):
-            boxes = kind(plan, mem, shared, segment, n, found)
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.piece(place)
+        found = lookup(plan, mem, piece, piece.begin)
+        for n in cutlass.range(piece.begin, piece.end, unroll=1):
+            boxes = kind(plan, mem, shared, piece, n, found)
             # The table is asked for the next tile while the rings are full.
-            found = lookup(plan, mem, segment, n + 1)
+            found = lookup(plan, mem, piece, n + 1)
             for part in cutlass.range_constexpr(plan.parts):
                 barriers.wait("v_empty", v.empty_phase, v.index)
                 bar = barriers.expect("v_full", plan.part_bytes, v.index)
@@ -132,7 +133,8 @@ def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Bar
                 targets = [shared.sR[None, None, None, 0, r.index]]
                 boxes.fetch(plan.parts * PART_BLOCKS, targets, bar)
                 r = r.next()
-    # The releases of the last parts are signals of the tensor core: stay until they are in.
+        place = work.pieces.next(place, piece)
+    # The last releases are the last signals of the tensor core: stay until they are in.
     for _stage in cutlass.range_constexpr(plan.v_stages):
         barriers.wait("v_empty", v.empty_phase, v.index)
         v = v.next()
@@ -154,10 +156,10 @@ def query(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Ba
     batch_chunks = plan.head_dim // BLOCK
     block_bytes = plan.rows * BLOCK * plan.dtype.itemsize
     phase = Int32(0)
-    first_index, last_index, stride = work.indices()
-    for index in cutlass.range(first_index, last_index, stride, unroll=1):
-        segment = work.segment(index)
-        if segment.any:
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.piece(place)
+        if piece.end > piece.begin:
             barriers.wait("q_empty", phase ^ 1)
             for first in cutlass.range(
                 thread, plan.rows * chunks, threads * batch_chunks, unroll=1
@@ -166,10 +168,10 @@ def query(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Ba
                 for j in cutlass.range_constexpr(batch_chunks):
                     row = (first + j * threads) // chunks
                     chunk = (first + j * threads) % chunks
-                    position = row // work.heads
-                    at = (segment.batch, position, row - position * work.heads, chunk * 8)
+                    position, head, exists = work.position(piece, row)
+                    at = (piece.batch, position, head, chunk * 8)
                     source = mem.mQ.iterator + cute.crd2idx(at, mem.mQ.layout)
-                    words = ptx.load_global(source.toint(), row < work.rows)
+                    words = ptx.load_global(source.toint(), exists)
                     swizzled = (chunk % 8 ^ row % 8) * 16
                     target = chunk // 8 * block_bytes + row * 128 + swizzled
                     pieces.append((target, words))
@@ -178,4 +180,4 @@ def query(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Ba
             cute.arch.fence_proxy("async.shared", space="cta")
             barriers.arrive("q_full")
             phase = phase ^ 1
-    barriers.wait("q_empty", phase ^ 1)
+        place = work.pieces.next(place, piece)

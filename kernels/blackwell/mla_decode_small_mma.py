@@ -69,16 +69,16 @@ def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, 
     q_phase = Int32(0)
     v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
     held = Cursor(plan.v_stages)  # the first part that P V has not seen
-    first_index, last_index, stride = work.indices()
-    for index in cutlass.range(first_index, last_index, stride, unroll=1):
-        segment = work.segment(index)
-        if segment.any:
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.piece(place)
+        if piece.end > piece.begin:
             barriers.wait("q_full", q_phase)
             q_phase = q_phase ^ 1
-            for n in cutlass.range(segment.begin, segment.end + 1, unroll=1):
-                pending = n > segment.begin
-                fresh = n == segment.begin + 1
-                if n < segment.end:
+            for n in cutlass.range(piece.begin, piece.end + 1, unroll=1):
+                pending = n > piece.begin
+                fresh = n == piece.begin + 1
+                if n < piece.end:
                     tS = tmem.toint() + plan.tmem["S0"].start + (count & 1) * plan.rows
                     for part in cutlass.range(plan.parts, unroll=1):
                         if pending and not barriers.test("v_full", v.phase, v.index):
@@ -102,13 +102,14 @@ def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, 
                         r = r.next()
                     barriers.commit("s_full", count & 1)
                     count = count + 1
-                    if n == segment.end - 1:
+                    if n == piece.end - 1:
                         barriers.commit("q_empty")
                 if pending:
-                    made = count - 1 - Int32(n < segment.end)
+                    made = count - 1 - Int32(n < piece.end)
                     held = value_product(
                         plan, dtype, ops, shared, tmem, barriers, made, held, fresh
                     )
+        place = work.pieces.next(place, piece)
 
 
 @cute.jit

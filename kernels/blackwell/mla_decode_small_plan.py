@@ -1,16 +1,16 @@
-"""The plan of `mla_decode_small`: tiles, rings, warps, TMEM, barriers, all before tracing."""
+"""The plan of `mla_decode_small`: tiles, rings, warps, TMEM, all before tracing."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
-from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology
+from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.plan import OTHER_BYTES, SHARED_BYTES, Features, Role
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap
+from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
 
 BLOCK = 64
 """Columns of a block: 128 bytes of a row, the swizzle atom's width."""
@@ -49,6 +49,7 @@ class SmallPlan:
     v_stages: int = 11
     r_stages: int = 2
     tile_n: int = 64
+    cut: Cut = Cut.WHOLE
     rescale_threshold: float = 8.0
 
     def __post_init__(self) -> None:
@@ -63,6 +64,20 @@ class SmallPlan:
             )
         if self.v_stages < 2 * self.parts:
             raise ValueError(f"{self.v_stages} stages hold no two tiles of {self.parts} parts")
+
+    @property
+    def cutting(self) -> Cutting:
+        """How work tiles are cut into pieces: a worker is a CTA."""
+        features = self.features
+        return Cutting(
+            self.cut, self.rows, self.tile_n, features.window_left, features.window_right,
+            overhead=2, least=2,
+        )  # fmt: skip
+
+    @property
+    def slots(self) -> Slots:
+        """Partial results: a thread writes neighbouring columns of a row."""
+        return Slots(self.rows, self.head_dim_v, row_minor=False)
 
     @property
     def parts(self) -> int:
@@ -145,50 +160,58 @@ class SmallPlan:
         return sum(self.shared_parts.values())
 
 
-def topology(plan: SmallPlan) -> Topology:
-    """The barriers of `mla_decode_small`.
-
-        load  ── v_full, r_full ──> mma ── s_full ──> softmax
-              <─ v_empty, r_empty ─     <─ p_full ───
-        query ── q_full ──────────>     ── o_full ──>
-              <─ q_empty ──────────
-
-    s_full, p_full and o_full exist once per buffer. That the two S and the two P are free again
-    needs no barrier: S(n + 2) is issued after P(n) was handed over, and complete after P V (n) is.
-    """
-    rope: tuple[Any, ...] = ()
-    if plan.rope_blocks:
-        rope = (
-            Barrier("r_full", plan.r_stages, (("load", "bytes"),)),
-            Barrier("r_empty", plan.r_stages, (("mma", "commit"),)),
-        )
-    return Topology(
-        plan.roles,
-        (
-            Barrier("q_full", 1, (("query", "warp"),)),
-            Barrier("q_empty", 1, (("mma", "commit"),)),
-            Barrier("v_full", plan.v_stages, (("load", "bytes"),)),
-            Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
-            *rope,
-            Barrier("s_full", 2, (("mma", "commit"),)),
-            Barrier("p_full", 2, (("softmax", "warp"),)),
-            Barrier("o_full", 2, (("mma", "commit"),)),
-        ),
-    )
-
-
 @functools.cache
 def make_small_plan(
     head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype,
-    features: Features, rows: int, box: int = 64,
+    features: Features, rows: int, box: int = 64, cut: Cut = Cut.WHOLE,
 ) -> SmallPlan:  # fmt: skip
     """As many stages as shared memory takes."""
     plan = SmallPlan(
         head_dim, head_dim_v, dtype, out_dtype, features, 16 if rows <= 16 else MOST_ROWS, box,
-        v_stages=2 * head_dim_v // COLUMNS,
+        v_stages=2 * head_dim_v // COLUMNS, cut=cut,
     )  # fmt: skip
     while True:
         try:
             plan = replace(plan, v_stages=plan.v_stages + 1)
         except ValueError:
             return plan
+
+
+def box_of(page_size: int, one_page: bool = False) -> int:
+    """Tokens of a TMA box for pages of that size; 0 when there is no plan. ``one_page``: every
+    sequence is one page, whatever its size."""
+    if one_page:
+        return BOXES[0]
+    if page_size == 1:
+        return GATHERED
+    return next((box for box in BOXES if page_size > 0 and page_size % box == 0), 0)
+
+
+def can_implement(problem: Problem, target: Target) -> str | None:
+    """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    rows = problem.seqlen_q * problem.heads_q
+    if target.device_type != "cuda" or target.arch not in (100, 103):
+        return (
+            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
+            f"{target.device_type}, {target.arch / 10}"
+        )
+    if problem.op != "mla_decode":
+        return f"the MLA decode kernel of few rows has no {problem.op}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the MLA decode kernel of few rows takes bfloat16 and float16; got {problem.dtype}"
+    if dims not in MLA_HEAD_DIMS:
+        return f"the MLA decode kernel of few rows has (D, Dv) in {MLA_HEAD_DIMS}; got {dims}"
+    if problem.batch == 0 or not 0 < rows <= MOST_ROWS:
+        return (
+            f"the MLA decode kernel of few rows takes 1 to {MOST_ROWS} rows (queries × heads) of "
+            f"at least one sequence; got {rows} of {problem.batch}"
+        )
+    if not box_of(problem.page_size, problem.page_size == problem.seqlen_k):
+        return (
+            "the MLA decode kernel of few rows takes pages of 1 or a multiple of 8 tokens, or one "
+            f"page a sequence; got {problem.page_size}"
+        )
+    if not problem.epilogue.startswith("identity"):
+        return f"the MLA decode kernel of few rows has no epilogue {problem.epilogue!r}"
+    return None

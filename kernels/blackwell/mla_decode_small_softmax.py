@@ -28,7 +28,6 @@ from cute_fmha.kernels.blackwell.mla_decode_small_work import (
     VOTE,
     Global,
     Group,
-    Segment,
     Shared,
     Work,
 )
@@ -39,6 +38,7 @@ from cute_fmha.kernels.blackwell.softmax import (
     capped,
     packed,
 )
+from cute_fmha.kernels.blackwell.worklist import Piece
 
 KEEPS, RAISES = 1, 2
 """What a thread says of a tile when tiles may be skipped."""
@@ -101,20 +101,20 @@ def largest(values: list[Float32]) -> Float32:
     return cute.arch.fmax(*values) if len(values) == 2 else values[0]
 
 
-def masked(group: Group, segment: Segment, n: Int32, scores: list[Float32]) -> list[Float32]:
+def masked(group: Group, piece: Piece, n: Int32, scores: list[Float32]) -> list[Float32]:
     """−inf where a row may not attend to a token, and in rows that do not exist.
 
     Scores are selected, never computed with: those of tokens past the sequence may be NaN.
     """
     left, right = group.work.window()
-    seqlen_q = group.work.seqlen_q
+    length = piece.length - n * group.plan.tile_n
     result = list(scores)
     for i, row in enumerate(group.rows()):
-        diagonal = row // group.work.heads + segment.length - seqlen_q - n * group.plan.tile_n
-        end = segment.length - n * group.plan.tile_n
+        position, _, exists = group.work.position(piece, row)
+        diagonal, end = position + length - group.work.sizes.seqlen_q, length
         if not isinstance(right, int):
             end = cutlass.min(end, diagonal + right + 1)
-        end = cutlass.select_(row < group.work.rows, end, Int32(0))
+        end = cutlass.select_(exists, end, Int32(0))
         for half in range(2):
             at = 4 * (i // 2) + 2 * half + i % 2
             token = group.token(half)
@@ -139,38 +139,45 @@ def softmax(
         thread % 32,
     )  # fmt: skip
     tally = Tally(Int32(0), Int32(0))
-    first_index, last_index, stride = work.indices()
-    for index in cutlass.range(first_index, last_index, stride, unroll=1):
-        segment = work.segment(index)
-        if segment.any:
-            state = unseen(group)
+    place = work.pieces.start
+    while work.pieces.more(place):
+        piece = work.piece(place)
+        if piece.end > piece.begin:
+            threshold = work.threshold(piece)
+            state = unseen(group, piece)
             if cutlass.const_expr(plan.features.window_left):
-                for n in cutlass.range(segment.begin, segment.full_begin, unroll=1):
-                    state, tally = step(group, segment, n, state, tally, True)
-            for n in cutlass.range(segment.full_begin, segment.full_end, unroll=1):
-                state, tally = step(group, segment, n, state, tally, False)
-            for n in cutlass.range(segment.full_end, segment.end, unroll=1):
-                state, tally = step(group, segment, n, state, tally, True)
-            finish(group, out_dtype, segment, state.minus, state.total, tally.count)
-        else:
-            nothing(group, out_dtype, segment)
+                for n in cutlass.range(piece.begin, piece.full_begin, unroll=1):
+                    state, tally = step(group, piece, threshold, n, state, tally, True)
+            for n in cutlass.range(piece.full_begin, piece.full_end, unroll=1):
+                state, tally = step(group, piece, threshold, n, state, tally, False)
+            for n in cutlass.range(piece.full_end, piece.end, unroll=1):
+                state, tally = step(group, piece, threshold, n, state, tally, True)
+            finish(group, out_dtype, place, piece, state.minus, state.total, tally.count)
+        elif piece.exists != 0:
+            nothing(group, out_dtype, piece)
+        place = work.pieces.next(place, piece)
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
         if thread == 0:
             cute.arch.atomic_add(mem.mStats.iterator, Int64(tally.skipped))
             cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(tally.count))
 
 
-def unseen(group: Group) -> Rows:
+def unseen(group: Group, piece: Piece) -> Rows:
     """Rows before their first tile; a row that does not exist never asks for anything."""
-    empty = -EMPTY * group.scalars.scale_log2
-    absent = -ABSENT * group.scalars.scale_log2
-    minus = [cutlass.select_(row < group.work.rows, empty, absent) for row in group.rows()]
+    minus = []
+    for row in group.rows():
+        _, _, exists = group.work.position(piece, row)
+        maximum = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
+        minus.append(-maximum * group.scalars.scale_log2)
     running = list(minus) if group.plan.features.skip else []
     return Rows(minus, [Float32(0.0) for _ in minus], running)
 
 
 @cute.jit
-def step(group: Group, segment: Segment, n: Int32, state, tally, is_masked: cutlass.Constexpr):
+def step(
+    group: Group, piece: Piece, threshold: Float32, n: Int32, state, tally,
+    is_masked: cutlass.Constexpr,
+):  # fmt: skip
     """One tile: the next state and tally."""
     plan = group.plan
     buffer, phase = tally.count & 1, tally.count >> 1 & 1
@@ -180,12 +187,12 @@ def step(group: Group, segment: Segment, n: Int32, state, tally, is_masked: cutl
     if cutlass.const_expr(plan.features.softcap):
         scores = capped(scores, group.scalars.cap_inner)
     if cutlass.const_expr(is_masked):
-        scores = masked(group, segment, n, scores)
+        scores = masked(group, piece, n, scores)
     scale = group.scalars.scale_log2
-    first = n == segment.begin
+    first = n == piece.begin
     if cutlass.const_expr(plan.features.skip):
         above = largest(exponents(scores, scale, state.running))
-        flags = Int32((above >= segment.threshold) | first) * KEEPS | Int32(above > 0.0) * RAISES
+        flags = Int32((above >= threshold) | first) * KEEPS | Int32(above > 0.0) * RAISES
         flags = agree(group, buffer, flags)
         keep = flags & KEEPS != 0
         sKeep = group.shared.sKeep

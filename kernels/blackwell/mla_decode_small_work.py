@@ -5,24 +5,23 @@ All roles ask `Work` and nothing else, so that they agree on every tile without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
-from cute_fmha import tiling
-from cute_fmha.kernels.blackwell.device import device_function
+from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Fixed
 from cute_fmha.kernels.blackwell.softmax import log2_threshold
+from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
+from cute_fmha.kernels.blackwell.worklist import Piece, Place, Sizes, WorkList, find
 
-kv_tile_ranges = device_function(tiling.kv_tile_ranges)
-
-VOTE, EXCHANGE = 1, 2
-"""Named barriers of the softmax warpgroup."""
+VOTE, EXCHANGE, COMBINE = 1, 2, 3
+"""Named barriers: two of the softmax warpgroup, and one of all warps."""
 
 
 class Global(NamedTuple):
@@ -38,6 +37,8 @@ class Global(NamedTuple):
     mSink: cute.Tensor  # (HEAD_Q,)
     mSkip: cute.Tensor  # (1,): in place of the scalar
     mStats: cute.Tensor  # (2,): tiles skipped, and all
+    mCounters: cute.Tensor  # (COUNTERS,), see `splitkv`
+    mPartial: cute.Tensor  # (FLOATS,)
 
 
 class Shared(NamedTuple):
@@ -53,51 +54,43 @@ class Shared(NamedTuple):
     sMinus: Any  # (ROW,): at the end, − maximum in base 2
     sVote: Any  # address: (WARP, BUFFER), what the warps say of a tile
     sKeep: Any  # (BUFFER,): whether a tile is kept
+    sFound: Any  # (FOUND,), see `worklist.find`
     sTokens: Any  # (TOKEN,): pages of the tokens that are gathered next
 
 
-@dataclass(frozen=True)
-class Segment(Carried):
-    """The tiles ``begin … end − 1`` of one sequence, of which those from ``full_begin`` to
-    ``full_end − 1`` need no mask."""
-
-    batch: Int32
-    length: Int32
-    begin: Int32
-    full_begin: Int32
-    full_end: Int32
-    end: Int32
-    threshold: Float32  # log2 λ
-
-    @property
-    def any(self) -> Boolean:
-        return self.end > self.begin
-
-
 class Work(Fixed):
-    """The work of one CTA."""
+    """The work of one CTA: ``pieces`` of work tiles, and where their partial results go."""
 
-    def __init__(self, plan: SmallPlan, mem: Global, scalars: Scalars) -> None:
+    def __init__(self, plan: SmallPlan, mem: Global, scalars: Scalars, found: Any = None) -> None:
         self.plan = plan
         self.mem = mem
         self.scalars = scalars
+        self.splitkv = SplitKV(**vars(plan.slots))
+        self.workspace = Workspace(mem.mCounters, mem.mPartial, Int32(0))
+        self.sizes = Sizes(
+            mem.mLens, mem.mQ.shape[1], mem.mQ.shape[2], scalars.window_left, scalars.window_right,
+            scalars.num_splits, cute.arch.grid_dim()[0], cute.arch.block_idx()[0],
+        )  # fmt: skip
+        self.pieces = WorkList(plan.cutting, self.sizes, found)
 
-    @property
-    def seqlen_q(self) -> Int32:
-        return self.mem.mQ.shape[1]
+    @cute.jit
+    def begin(self, found: Any):
+        """What one warp does before the roles start: see `worklist.find`, `SplitKV.start`."""
+        if cutlass.const_expr(self.plan.cut is Cut.SHARE):
+            find(self.plan.cutting, self.sizes, found)
+        if cutlass.const_expr(self.plan.cut is not Cut.WHOLE):
+            with cute.arch.elect_one():
+                self.splitkv.start(self.workspace)
 
-    @property
-    def heads(self) -> Int32:
-        return self.mem.mQ.shape[2]
-
-    @property
-    def rows(self) -> Int32:
-        """Rows that exist: (position, head), position-major."""
-        return self.seqlen_q * self.heads
-
-    def indices(self) -> tuple[Int32, Int32, Int32]:
-        """The segments of this CTA, as a range (first, end, step)."""
-        return cute.arch.block_idx()[0], self.mem.mQ.shape[0], cute.arch.grid_dim()[0]
+    @cute.jit
+    def piece(self, place: Place):
+        """The piece at ``place``; one that does not exist has no tiles."""
+        piece = self.pieces.piece(place)
+        end = piece.end
+        if piece.exists == 0:
+            end = piece.begin
+        full_begin, full_end = cutlass.min(piece.full_begin, end), cutlass.min(piece.full_end, end)
+        return replace(piece, full_begin=full_begin, full_end=full_end, end=end)
 
     def window(self) -> tuple[Any, Any]:
         """Window sides; the Python integer −1 for a side that is not compiled in."""
@@ -107,26 +100,21 @@ class Work(Fixed):
             self.scalars.window_right if features.window_right else -1,
         )
 
-    @cute.jit
-    def segment(self, index: Int32) -> Segment:
-        """Segment ``index``: a whole sequence."""
-        length = self.mem.mLens[index]
-        left, right = self.window()
-        begin, full_begin, full_end, end = kv_tile_ranges(
-            0, self.seqlen_q, self.seqlen_q, length, left, right, self.plan.tile_n
-        )
-        threshold = Float32(0.0)
-        if cutlass.const_expr(self.plan.features.skip):
-            threshold = self.threshold(length)
-        return Segment(
-            index, length, begin, full_begin, full_end, cutlass.max(begin, end), threshold
-        )
+    def position(self, piece: Piece, row: Int32) -> tuple[Int32, Int32, Boolean]:
+        """(query position, head, whether it exists) of row ``row`` of a work tile."""
+        row = piece.block * self.plan.rows + row
+        exists = row < self.pieces.total_rows
+        row = cutlass.min(row, self.pieces.total_rows - 1)
+        position = row // self.sizes.heads
+        return position, row - position * self.sizes.heads, exists
 
-    def threshold(self, length: Int32) -> Float32:
-        """log2 λ of a sequence of that length."""
+    def threshold(self, piece: Piece) -> Float32:
+        """log2 λ for a sequence, where tiles may be skipped."""
         features = self.plan.features
+        if not features.skip:
+            return Float32(0.0)
         value = self.mem.mSkip[0] if features.skip_tensor else self.scalars.skip
-        return log2_threshold(value / Float32(length) if features.skip_relative else value)
+        return log2_threshold(value / Float32(piece.length) if features.skip_relative else value)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from cute_fmha.emulator.machine import Counters, Policy
 from cute_fmha.emulator.model import B200
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
 from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan
+from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import box_of, make_small_plan
 
 POLICY = Policy("random", seed=1)
 LENGTHS = (1024, 2048)
@@ -32,6 +34,13 @@ def ours(heads: int, length: int) -> Counters:
     dtype = torch.bfloat16
     kernel = MlaDecode(make_plan(576, dtype, dtype, mla_harness.features_of(case), 64, heads))
     return mla_harness.run(kernel, case, POLICY).report.results[0].counters
+
+
+def small(rows: int, length: int, page_size: int = 64) -> Counters:
+    case = mla_harness.case_of(rows, 1, [length], page_size)
+    dtype, features = torch.bfloat16, mla_harness.features_of(case)
+    plan = make_small_plan(576, 512, dtype, dtype, features, rows, box_of(page_size))
+    return mla_harness.run(MlaDecodeSmall(plan), case, POLICY).report.results[0].counters
 
 
 def theirs(heads: int, length: int, one_cta: bool) -> Counters:
@@ -74,3 +83,8 @@ if __name__ == "__main__":
     show("a pair, 128 heads", 2, lambda length: ours(128, length))
     show("FA4, 1 CTA, 64 heads", 1, lambda length: theirs(64, length, True))
     show("one CTA, 64 heads", 1, lambda length: ours(64, length))
+    show("FA4, 1 CTA, 16 heads", 1, lambda length: theirs(16, length, True))
+    show("16 rows", 1, lambda length: small(16, length))
+    show("32 rows", 1, lambda length: small(32, length))
+    show("16 rows, pages of 16", 1, lambda length: small(16, length, 16))
+    show("16 rows, pages of 1", 1, lambda length: small(16, length, 1))

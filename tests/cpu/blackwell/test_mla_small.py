@@ -4,19 +4,29 @@ tiles, races, hazards."""
 from __future__ import annotations
 
 import math
+import re
+import subprocess
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cute_fmha.problem import SkipSoftmax
+from cute_fmha.emulator.capture import capture
+from cute_fmha.emulator.mutate import STRICT_POLICIES, run_mutants
+from cute_fmha.kernels.blackwell import cutting
+from cute_fmha.kernels.blackwell import mla_decode_small_plan as plans
+from cute_fmha.kernels.blackwell.plan import Features
+from cute_fmha.problem import Problem, SkipSoftmax, Target
 from cute_fmha.testing import error_report
 
-pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+cutlass = pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 harness = pytest.importorskip("mla_harness")
 small = pytest.importorskip("cute_fmha.kernels.blackwell.mla_decode_small")
-plans = pytest.importorskip("cute_fmha.kernels.blackwell.mla_decode_small_plan")
+triton = pytest.importorskip("triton")
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = [0, 1, 63, 64, 65, 300]
@@ -28,7 +38,13 @@ policies = pytest.mark.parametrize(
 )
 
 
+def tool(name: str, *arguments: str) -> str:
+    command = [str(TOOLS / name), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
 def kernel_of(case: Any, box: int = 64, out_dtype: Any = None, features: Any = None, **changes):
+    """The kernel of a case's plan with ``changes``."""
     _, seqlen_q, heads, width = case.q.shape
     plan = plans.make_small_plan(
         width, 512, case.q.dtype, out_dtype or case.q.dtype,
@@ -45,14 +61,14 @@ def test_lengths(policy):
         harness.verify(kernel_of(case), case, policy, ctas=ctas)
 
 
-@policies
 @pytest.mark.parametrize(
     ("heads", "seqlen_q"), [(1, 1), (8, 2), (4, 4), (5, 3), (16, 2), (7, 4)], ids=str
 )
-def test_rows(policy, heads, seqlen_q):
+def test_rows(heads, seqlen_q):
     """Any number of heads and new tokens up to 32 rows; positions are in causal order."""
     case = harness.case_of(heads, seqlen_q, LENGTHS, seed=heads)
-    harness.verify(kernel_of(case), case, policy)
+    for policy in harness.POLICIES[1:3]:
+        harness.verify(kernel_of(case), case, policy)
 
 
 @pytest.mark.parametrize(("page_size", "box"), [(16, 16), (32, 32), (128, 64), (8, 8), (1, 4)])
@@ -117,12 +133,13 @@ def test_growing_scores(threshold):
 
 
 @policies
-@pytest.mark.parametrize("heads", [16, 32])
-@pytest.mark.parametrize("options", [{}, {"window": (500, 0)}], ids=["full", "window"])
+@pytest.mark.parametrize(
+    ("heads", "options"), [(8, {}), (16, {"window": (500, 0)})], ids=["full", "window"]
+)
 def test_skipped_tiles(policy, heads, options):
     """The oracle's decisions, counted."""
     lengths = [700, 1000, 0, 64]
-    case = harness.case_of(heads // 2, 2, lengths, gap=14.0, dtype=FP16, **options)
+    case = harness.case_of(heads, 2, lengths, gap=14.0, dtype=FP16, **options)
     result = harness.verify(kernel_of(case, features=SKIP), case, policy, skip=LAMBDA)
     assert 0 < result.stats[0] < result.stats[1]
 
@@ -166,6 +183,98 @@ def test_values_of_skipped_tiles_are_not_used():
         assert torch.equal(result.out, clean.out)
 
 
+@pytest.mark.parametrize(
+    ("cut", "num_splits"), [("share", 0), ("fixed", 1), ("fixed", 2), ("fixed", 5)], ids=str
+)
+def test_splits(cut, num_splits):
+    """Two launches in a row on one workspace, of which the second finds what the first left."""
+    case = harness.case_of(8, 2, [1000, 0, 1, 130, 400], sink=True)
+    kernel = kernel_of(case, cut=cutting.Cut(cut))
+    for policy in harness.POLICIES:
+        workspace = harness.workspace_of(kernel.plan, case, 9, num_splits)
+        for _launch in range(2):
+            harness.verify(kernel, case, policy, ctas=9, num_splits=num_splits, workspace=workspace)
+
+
+def test_more_rows_than_a_tile():
+    """40 heads are two work tiles of 32 rows."""
+    case = harness.case_of(40, 1, [600, 70])
+    kernel = small.MlaDecodeSmall(
+        plans.make_small_plan(
+            576, 512, BF16, BF16, harness.features_of(case), 32, cut=cutting.Cut.SHARE
+        )
+    )
+    for policy in harness.POLICIES:
+        harness.verify(kernel, case, policy, ctas=5)
+
+
+def test_fixed_splits_are_independent_of_the_batch():
+    """Bit by bit, whatever else is in the batch and however many CTAs there are."""
+    case = harness.case_of(16, 1, [700, 300, 64])
+    kernel = kernel_of(case, cut=cutting.Cut.FIXED)
+    all_of_it = harness.run(kernel, case, harness.POLICIES[2], ctas=12, num_splits=3)
+    for index in range(3):
+        alone = replace(
+            case,
+            q=case.q[index : index + 1].clone(),
+            block_table=case.block_table[index : index + 1].clone(),
+            cache_seqlens=case.cache_seqlens[index : index + 1].clone(),
+        )
+        result = harness.run(kernel, alone, harness.POLICIES[3], ctas=2, num_splits=3)
+        assert torch.equal(result.out[0], all_of_it.out[index])
+        assert torch.equal(result.lse[0], all_of_it.lse[index])
+
+
+def test_skips_of_splits():
+    """Running maxima begin anew in every part."""
+    case = harness.case_of(16, 1, [700, 1000, 0, 64], gap=14.0, dtype=FP16)
+    kernel = kernel_of(case, features=SKIP, cut=cutting.Cut.FIXED)
+    for policy in harness.POLICIES:
+        harness.verify(kernel, case, policy, skip=LAMBDA, num_splits=3, ctas=8)
+
+
+def test_a_quarter_of_the_tensor_core_and_half_of_the_instructions():
+    """Per 128 tokens in steady state, next to a plan of 128 rows and to FlashAttention-4's kernel,
+    to which 16 heads cost what 64 do; latents are fetched once."""
+    counters = []
+    for length in (1024, 2048):
+        case = harness.case_of(16, 1, [length])
+        result = harness.run(kernel_of(case), case, harness.POLICIES[1])
+        counters.append(result.report.results[0].counters)
+    tiles = 1024 / 128
+    first, last = counters
+    assert (last.tensor_cycles - first.tensor_cycles) / tiles <= 4352 / 4
+    assert (last.steps - first.steps) / tiles <= 4502 / 2
+    assert (last.tma_load_bytes - first.tma_load_bytes) / tiles == 128 * 576 * 2
+
+
+@pytest.mark.skipif(not (TOOLS / "nvdisasm").exists(), reason="no nvdisasm beside Triton")
+@pytest.mark.parametrize(
+    ("features", "rows", "box", "cut"),
+    [
+        ({}, 16, 64, "share"),
+        ({"window_left": True, "sink": True, "skip": True, "count": True}, 16, 16, "whole"),
+        ({"softcap": True}, 32, 4, "fixed"),
+    ],
+    ids=["share", "skip", "32-rows"],
+)
+def test_machine_code(features, rows, box, cut, tmp_path):
+    """Tensor-core instructions, no stack, no spills."""
+    present = Features(window_right=True, **features)
+    plan = plans.make_small_plan(576, 512, BF16, BF16, present, rows, box, cutting.Cut(cut))
+    path = tmp_path / "kernel.cubin"
+    kernel = harness.build(small.MlaDecodeSmall(plan), options="--keep-cubin")
+    path.write_bytes(kernel.__cubin__)
+    usage = tool("cuobjdump", "-res-usage", str(path))
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
+    code = tool("nvdisasm", "-c", str(path))
+    # S of a part (8) and of the rope columns (4), P V of a part (4) at two places.
+    assert code.count("UTCHMMA") == 20
+    for instruction in ("LDTM", "STTM", "UTMALDG", "UTCBAR", "FFMA2", "FMNMX3", "STSM"):
+        assert instruction in code, instruction
+    assert not re.search(r"\b(STL|LDL)\b", code)
+
+
 def test_plans():
     """The rings take what shared memory has left; arrive counts follow from the roles."""
     features = harness.features_of(harness.case_of(1, 1, [1]))
@@ -180,5 +289,50 @@ def test_plans():
         plans.SmallPlan(576, 512, BF16, BF16, features, rows=64)
     with pytest.raises(ValueError, match=r"shared memory: .*'V': 212992"):
         plans.SmallPlan(576, 512, BF16, BF16, features, v_stages=13)
-    counts = plans.topology(plans.SmallPlan(576, 512, BF16, BF16, features))
+    counts = small.topology(plans.SmallPlan(576, 512, BF16, BF16, features))
     assert [counts.arrivals(name) for name in ("q_full", "v_full", "p_full")] == [2, 1, 4]
+
+
+def test_what_can_be_implemented():
+    target = Target("cuda", 100, 148)
+    plain = Problem(
+        "mla_decode", "paged", False, BF16, BF16, 2, 1, 4096, 16, 1, 576, 512, page_size=64
+    )
+    assert plans.can_implement(plain, target) is None
+    accepted: list[dict[str, Any]] = [
+        {"seqlen_q": 2}, {"page_size": 1}, {"page_size": 4096}, {"heads_q": 32},
+    ]  # fmt: skip
+    for changes in accepted:
+        assert plans.can_implement(replace(plain, **changes), target) is None
+    refused: dict[str, dict[str, Any]] = {
+        "has no attention": {"op": "attention"},
+        "got torch.float32": {"dtype": torch.float32},
+        r"got \(576, 576\)": {"head_dim_v": 576},
+        "got 48 of 2": {"heads_q": 24, "seqlen_q": 2},
+        "got 0 of 2": {"seqlen_q": 0},
+        "multiple of 8 tokens.*got 20": {"page_size": 20},
+        "epilogue 'nvfp4'": {"epilogue": "nvfp4"},
+    }
+    for reason, changes in refused.items():
+        assert re.search(reason, plans.can_implement(replace(plain, **changes), target) or "")
+    assert [plans.box_of(size) for size in (1, 8, 16, 48, 128, 20)] == [4, 8, 16, 16, 64, 0]
+
+
+def test_every_signal_is_needed():
+    """Leave out one arrival, commit, fence or barrier after another: each is noticed."""
+    case = harness.case_of(16, 1, [500, 40], gap=14.0, dtype=FP16)
+    kernel = kernel_of(case, features=SKIP)
+    out = torch.full((2, 1, 16, 512), math.nan, dtype=FP16)
+    tensors = harness.arguments(
+        case, out, torch.full((2, 16, 1), math.nan), torch.full((16,), math.nan),
+        torch.full((1,), math.nan), torch.zeros(2, dtype=torch.int64), harness.Workspace.make(),
+    )  # fmt: skip
+    scalars = harness.scalars_of(case, LAMBDA.value)
+    captured = capture(harness.compiled(kernel), *tensors, scalars, cutlass.Int32(1))
+    report = run_mutants(
+        captured, policies=STRICT_POLICIES, check=lambda *_: True,
+        chosen=lambda mutant: mutant.order and mutant.group != "mbarrier wait",
+    )  # fmt: skip
+    missed = [str(outcome.mutant) for outcome in report.outcomes if outcome.verdict == "missed"]
+    assert not missed
+    assert sum(outcome.verdict == "caught" for outcome in report.outcomes) > 40

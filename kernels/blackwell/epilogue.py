@@ -47,12 +47,11 @@ class Op:
 @dataclass(frozen=True)
 class Leaving:
     """How rows of ``columns`` FP32 columns leave: in chunks whose rows are as wide as a swizzle
-    atom of 128, 64, 32 or 16 bytes, at most ``widest``."""
+    atom of 128, 64, 32 or 16 bytes."""
 
     op: Op
     dtype: torch.dtype
     columns: int
-    widest: int = 128
 
     @property
     def row_bytes(self) -> int:
@@ -60,7 +59,7 @@ class Leaving:
 
     @property
     def chunk_bytes(self) -> int:
-        return min(self.widest, self.row_bytes & -self.row_bytes)
+        return min(128, self.row_bytes & -self.row_bytes)
 
     @property
     def chunks(self) -> int:

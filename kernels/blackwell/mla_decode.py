@@ -63,7 +63,6 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.epilogue import Leaving, Op
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE_WARPS, combine, epilogue, write
 from cute_fmha.kernels.blackwell.mla_decode_load import load
@@ -78,7 +77,7 @@ from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
 
 
 def swizzled(bits: int, shape: Any, stride: Any) -> cute.ComposedLayout:
-    """A layout of rows of 64 (2) or 128 (3 bits) bytes in shared memory, 16-bit elements or not."""
+    """A layout of rows of 16, 32, 64 or 128 bytes (0 to 3 bits) in shared memory."""
     return cute.make_composed_layout(
         cute.make_swizzle(bits, 4, 3), 0, cute.make_layout(shape, stride=stride)
     )
@@ -92,8 +91,7 @@ class MlaDecode:
         self.topology = topology(plan)
         self.dtype = DTYPES[plan.dtype]
         self.out_dtype = DTYPES[plan.out_dtype]
-        leaving = Leaving(Op(), plan.out_dtype, plan.head_dim_v // 2, plan.chunk_bytes)
-        self.store = Store(2 * ROWS, leaving, self.out_dtype)
+        self.store = Store(2 * ROWS, plan.leaving, self.out_dtype)
 
     @cute.jit
     def __call__(
@@ -111,35 +109,25 @@ class MlaDecode:
         mPartial: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
+        op: tuple[Any, ...] | None = None,
     ):
         """Launch on mQ [B, Sq, Hq, D], mKV [PAGES, PAGE, 1, D] and mO [B, Sq, Hq, Dv], whose
-        positions and heads follow each other evenly, with at most ``ctas`` CTAs."""
+        positions and heads follow each other evenly, with at most ``ctas`` CTAs. ``op``: what the
+        epilogue op reads, and its second output."""
         plan = self.plan
         tma_latent, tma_rope, gKV = self.maps(mKV)
-        # TMEM column x of half h of the lanes is value column 256 (x / 128) + 128 h + x % 128, in
-        # a pair 256 h + x.
-        rows, half = mO.shape[1] * mO.shape[2], plan.head_dim_v // (2 if plan.pair else 4)
-        counts = (half // plan.chunk, plan.head_dim_v // 2 // half)
         mOut = mO
-        # (ROW, CHUNK_COLUMN, HALF, CHUNKS, BATCH)
-        mO = cute.make_tensor(
-            mO.iterator,
-            cute.make_layout(
-                (rows, plan.chunk, 2, counts, mO.shape[0]),
-                stride=(mO.stride[2], 1, half, (plan.chunk, 2 * half), mO.stride[0]),
-            ),
-        )
-        tma_o, gO = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(), mO,
-            swizzled(2, (ROWS, plan.chunk, 2), (plan.chunk, 1, ROWS * plan.chunk)),
-            (ROWS, plan.chunk, 2),
-        )  # fmt: skip
+        tma_o, gO = self.output(mO)
         mem = Global(
             mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, mOut, mLSE, mSink, mSkip,
-            mStats, mCounters, mPartial,
+            mStats, mCounters, mPartial, op,
         )  # fmt: skip
         clusters = most_workers(
-            plan.cutting, rows, mQ.shape[0], mTable.shape[1] * mKV.shape[0], scalars.num_splits
+            plan.cutting,
+            mQ.shape[1] * mQ.shape[2],
+            mQ.shape[0],
+            mTable.shape[1] * mKV.shape[0],
+            scalars.num_splits,
         )
         clusters = cutlass.min(clusters, cutlass.max(ctas // plan.ctas, 1))
         self.kernel(mem, scalars).launch(
@@ -172,6 +160,27 @@ class MlaDecode:
             atom, gKV = cpasync.make_tiled_tma_atom(load, mKV, swizzled(3, box, strides), box)
             atoms.append(atom)
         return *atoms, gKV
+
+    def output(self, mO: cute.Tensor) -> tuple[cute.CopyAtom, cute.Tensor]:
+        """How chunks of the output are stored, and the output as the TMA sees it."""
+        plan, leaving = self.plan, self.plan.leaving
+        run = leaving.elements
+        # Run j of half h of the lanes has elements from (2 j + h) · run on: (ROW, CHUNK_COLUMN,
+        # HALF, (CHUNK, RUN), BATCH)
+        runs = cute.make_layout(
+            (mO.shape[1] * mO.shape[2], leaving.chunk, 2, (leaving.chunks, plan.runs), mO.shape[0]),
+            stride=(mO.stride[2], 1, run, (leaving.chunk, 2 * run), mO.stride[0]),
+        )
+        box = (ROWS, leaving.chunk, 2)
+        layout = swizzled(self.chunk_swizzle, box, (leaving.chunk, 1, ROWS * leaving.chunk))
+        return cpasync.make_tiled_tma_atom(
+            cpasync.CopyBulkTensorTileS2GOp(), cute.make_tensor(mO.iterator, runs), layout, box
+        )
+
+    @property
+    def chunk_swizzle(self) -> int:
+        """Bits of the swizzle of 128, 64, 32 or 16 bytes."""
+        return (self.plan.leaving.chunk_bytes // 16).bit_length() - 1
 
     @cute.kernel
     def kernel(self, mem: Global, scalars: Scalars):
@@ -219,7 +228,7 @@ class MlaDecode:
                 swap(plan, work(), shared, barriers.of("swap"))
         if cutlass.const_expr(plan.cut is not Cut.WHOLE):  # noqa: SIM102  (compile and run time)
             if warp < COMBINE_WARPS:
-                combine(work(), self.out_dtype, warp)
+                combine(work(), self.store, warp)
         self.meet()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)
@@ -246,7 +255,7 @@ class MlaDecode:
             "sRope": aligned(self.dtype, plan.rope_stages * KEYS * UNIT * plan.rope),
             "sP": aligned(self.dtype, plan.p_stages * plan.p_units * ROWS * UNIT),
             "sQ": aligned(self.dtype, plan.q_shared_units * ROWS * UNIT),
-            "sO": aligned(self.out_dtype, plan.o_stages * 2 * ROWS * plan.chunk),
+            "sO": aligned(self.out_dtype, plan.o_stages * 2 * ROWS * plan.leaving.chunk),
             "sTokens": cute.struct.Align[cute.struct.MemRange[Int32, KEYS * plan.gather], 16],
             "sMax": cute.struct.MemRange[Float32, 4 * ROWS],
             "sTotal": cute.struct.MemRange[Float32, 2 * ROWS],
@@ -262,8 +271,8 @@ class MlaDecode:
     def shared(self, storage: Any) -> Shared:
         """The buffers as tensors."""
         plan = self.plan
-        narrow, wide = cute.make_swizzle(2, 4, 3), cute.make_swizzle(3, 4, 3)
-        unit = KEYS * UNIT
+        wide = cute.make_swizzle(3, 4, 3)
+        unit, chunk = KEYS * UNIT, plan.leaving.chunk
 
         def units(buffer: Any, *counts: int) -> Any:
             """(ROW, UNIT_COLUMN, …)"""
@@ -275,8 +284,7 @@ class MlaDecode:
 
         # ((ROW, CHUNK_COLUMN), HALF, STAGE)
         chunks = cute.make_layout(
-            ((ROWS, plan.chunk), 2, plan.o_stages),
-            stride=((plan.chunk, 1), ROWS * plan.chunk, 2 * ROWS * plan.chunk),
+            ((ROWS, chunk), 2, plan.o_stages), stride=((chunk, 1), ROWS * chunk, 2 * ROWS * chunk)
         )
         return Shared(
             sLatent=units(storage.sLatent, plan.half_units, plan.stages),
@@ -284,7 +292,7 @@ class MlaDecode:
             sP=units(storage.sP, plan.p_units, plan.p_stages),
             sQ=units(storage.sQ, plan.q_shared_units),
             sTokens=storage.sTokens.get_tensor(cute.make_layout(KEYS)) if plan.gather else None,
-            sO=storage.sO.get_tensor(chunks, swizzle=narrow),
+            sO=storage.sO.get_tensor(chunks, swizzle=cute.make_swizzle(self.chunk_swizzle, 4, 3)),
             sMax=storage.sMax.get_tensor(cute.make_layout((2 * ROWS, 2))),
             sTotal=storage.sTotal.get_tensor(cute.make_layout(2 * ROWS)),
             sRowMax=storage.sRowMax.get_tensor(cute.make_layout(ROWS)),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -17,7 +16,7 @@ from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, lane_address
 from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, packed, scaled, with_sink
+from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 LN2 = math.log(2.0)
@@ -60,7 +59,14 @@ def epilogue(
         if piece.exists != 0:
             if piece.whole != 0:
                 scale = outcome(work, piece, thread % ROWS, maximum_log2, total, thread < ROWS)
-                chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk)
+                apply = store.apply(work.output_row(piece, thread % ROWS), mem.op)
+                for run in cutlass.range_constexpr(plan.runs):
+                    first = run * plan.leaving.columns
+                    column = plan.value_column(first, thread // ROWS)
+                    chunk = store.produce(
+                        tO + first, shared.sO, thread, scale, empty, barriers, chunk, apply,
+                        lambda c, column=column: column + c * plan.leaving.chunk_columns,
+                    )  # fmt: skip
             elif cutlass.const_expr(plan.cut is not Cut.WHOLE):
                 partial(work, place, piece, tO, thread, empty, maximum_log2, total)
         if piece.end > piece.begin:
@@ -111,28 +117,26 @@ def partial(
 
 
 @cute.jit
-def combine(work: Work, out_dtype: Any, warp: Int32):
+def combine(work: Work, store: Store, warp: Int32):
     """Reduce partial results and store what comes of them."""
     work.splitkv.combine(
         work.workspace, work.pieces, warp, COMBINE_WARPS, COMBINE,
-        functools.partial(reduced, work, out_dtype),
+        functools.partial(reduced, work, store),
     )  # fmt: skip
 
 
 @cute.jit
 def reduced(
-    work: Work, out_dtype: Any, piece: Piece, row: Int32, column: Int32, values,
+    work: Work, store: Store, piece: Piece, row: Int32, column: Int32, values,
     maximum_log2: Float32, total: Float32,
 ):  # fmt: skip
     """Normalise and store neighbouring columns of a row."""
     mO = work.mem.mO
     scale = outcome(work, piece, row, maximum_log2, total, column == 0)
     position, head, exists = work.position(piece, row)
-    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, column), mO.layout)).toint()
-    result = scaled(values, scale)
-    words = result if cutlass.const_expr(out_dtype is Float32) else packed(result, out_dtype)
-    for first in cutlass.range_constexpr(0, len(words), 4):
-        ptx.store_global(start + first * 4, words[first : first + 4], exists)
+    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, 0), mO.layout)).toint()
+    apply = store.apply(work.output_row(piece, row), work.mem.op)
+    store.write(scaled(values, scale), column, apply, start, exists)
 
 
 @cute.jit
@@ -146,9 +150,12 @@ def write(plan: MlaPlan, work: Work, store: Store, mem: Global, shared: Shared, 
         if piece.exists != 0 and piece.whole != 0:
             # (ROW, CHUNK_COLUMN, HALF, CHUNKS)
             gO = cute.local_tile(
-                mem.gO[None, None, None, None, piece.batch], (ROWS, plan.chunk, 2),
+                mem.gO[None, None, None, None, piece.batch], (ROWS, plan.leaving.chunk, 2),
                 (piece.block * plan.ctas + work.rank, 0, 0, None),
             )  # fmt: skip
-            chunk = store.consume(mem.tma_o, cute.group_modes(gO, 0, 2), shared.sO, barriers, chunk)
+            gO = cute.group_modes(gO, 0, 2)
+            for run in cutlass.range_constexpr(plan.runs):
+                gRun = gO[None, None, (None, run)]
+                chunk = store.consume(mem.tma_o, gRun, shared.sO, barriers, chunk)
         place = work.pieces.next(place, piece)
     cute.arch.cp_async_bulk_wait_group(0)

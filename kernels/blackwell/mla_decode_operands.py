@@ -9,6 +9,7 @@ import cutlass.cute as cute
 import torch
 from cutlass import Boolean, Int32
 
+from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
@@ -21,6 +22,8 @@ DTYPES = {
     torch.float16: cutlass.Float16,
     torch.bfloat16: cutlass.BFloat16,
     torch.float32: cutlass.Float32,
+    torch.float8_e4m3fn: cutlass.Uint8,
+    torch.uint8: cutlass.Uint8,
 }
 
 
@@ -42,6 +45,7 @@ class Global(NamedTuple):
     mStats: cute.Tensor  # (2,): KV tiles skipped, and all
     mCounters: cute.Tensor  # (COUNTERS,), see `splitkv`
     mPartial: cute.Tensor  # (FLOATS,)
+    op: tuple[Any, ...] | None  # what the epilogue op reads, and its second output
 
 
 class Shared(NamedTuple):
@@ -124,3 +128,9 @@ class Work(Fixed):
         row = cutlass.min(row, rows - 1)
         position = row // self.sizes.heads
         return position, row - position * self.sizes.heads, exists
+
+    def output_row(self, piece: Piece, row: Int32) -> Row:
+        """Row ``row`` of the CTA as the epilogue op sees it."""
+        position, head, exists = self.position(piece, row)
+        token = piece.batch * self.sizes.seqlen_q + position
+        return Row(token, head, exists, self.plan.head_dim_v)

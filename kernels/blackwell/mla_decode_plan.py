@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
+from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
 from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology
 from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Features, Role
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
@@ -50,8 +51,9 @@ class MlaPlan:
     stages: int = 5
     rope_stages: int = 2
     p_stages: int = 2
-    o_stages: int = 2
+    o_stages: int = 1
     rescale_threshold: float = 8.0
+    op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
         self.tmem  # noqa: B018  (its construction checks the map)
@@ -210,18 +212,14 @@ class MlaPlan:
     # ------------------------------------------------------------------ memory
 
     @property
-    def chunk_bytes(self) -> int:
-        """Bytes of an output row that leave together, in each half of the lanes."""
-        return 64
+    def runs(self) -> int:
+        """Runs of neighbouring value columns in a half of the lanes; see `value_column`."""
+        return 1 if self.pair else 2
 
     @property
-    def chunk(self) -> int:
-        """Columns of the output that leave together, in each half of the lanes."""
-        return self.chunk_bytes // self.out_dtype.itemsize
-
-    @property
-    def chunks(self) -> int:
-        return self.head_dim_v // 2 // self.chunk
+    def leaving(self) -> Leaving:
+        """How a run of a row leaves."""
+        return Leaving(self.op, self.out_dtype, self.head_dim_v // 2 // self.runs)
 
     @property
     def shared_parts(self) -> dict[str, int]:
@@ -231,7 +229,7 @@ class MlaPlan:
             "rope": self.rope_stages * UNIT_BYTES * self.rope,
             "P": self.p_stages * self.p_units * UNIT_BYTES,
             "Q": self.q_shared_units * UNIT_BYTES,
-            "O": self.o_stages * 2 * ROWS * self.chunk_bytes,
+            "O": self.o_stages * 2 * ROWS * self.leaving.chunk_bytes,
             "other": OTHER_BYTES,
         }
 
@@ -242,14 +240,14 @@ class MlaPlan:
 
 def make_plan(
     head_dim: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features, page_size: int,
-    rows: int, cut: Cut = Cut.WHOLE,
+    rows: int, cut: Cut = Cut.WHOLE, op: Op | None = None,
 ) -> MlaPlan:  # fmt: skip
     """The plan for sequences of ``rows`` rows: a pair of CTAs where there are more than 64."""
     pair = rows > ROWS
     page_size = page_size if page_size in (1, 16, 32, 64, 128) else 0
     return MlaPlan(
         head_dim, 512, dtype, out_dtype, features, page_size, pair, cut,
-        p_stages=1 if pair else 2, o_stages=1 if pair else 2,
+        rope_stages=1 if pair else 2, p_stages=1 if pair else 2, op=op or Op(),
     )  # fmt: skip
 
 
@@ -333,8 +331,4 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         )
     if problem.seqlen_q == 0 or problem.batch == 0:
         return "the MLA decode kernel needs at least one sequence and query"
-    if problem.num_splits > 1:
-        return f"the MLA decode kernel does not split the keys; got {problem.num_splits} splits"
-    if not problem.epilogue.startswith("identity"):
-        return f"the MLA decode kernel has no epilogue {problem.epilogue!r}"
-    return None
+    return unsuited(problem)

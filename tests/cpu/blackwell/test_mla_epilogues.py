@@ -1,0 +1,87 @@
+"""Epilogue ops at the end of the MLA decode kernel: the specification's bits, split or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from fragments import allocate, on_reference, same_bits
+
+from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, Scale
+from cute_fmha.epilogues.base import kind_of
+
+pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+harness = pytest.importorskip("mla_harness")
+stores = pytest.importorskip("store_harness")
+
+from cutlass import Int32  # noqa: E402  (needs CuTe DSL)
+
+from cute_fmha.emulator.capture import compile_kernel, emulate  # noqa: E402
+from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
+from cute_fmha.kernels.blackwell.epilogue import Op, device_view  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
+
+BF16 = torch.bfloat16
+OPS = {
+    "scale": lambda heads: Scale(torch.linspace(0.1, 3.0, heads), torch.float16),
+    "fp8": lambda heads: FP8(torch.tensor(0.3)),
+    "nvfp4": lambda heads: NVFP4(torch.tensor([0.7])),
+}
+
+
+def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
+    """What the kernel makes of the case's attention with ``op``: [tokens, heads, …]."""
+    batch, seqlen_q, heads, width = case.q.shape
+    tokens = batch * seqlen_q
+    parameters = (*op.tensors, *op.values)
+    out, extra = allocate(op, torch.zeros(tokens, heads, 512))
+    plan = make_plan(
+        width, BF16, out.dtype, harness.features_of(case), case.kv_cache.shape[1],
+        seqlen_q * heads, Cut.WHOLE if num_splits == 1 else Cut.FIXED,
+        Op(op.key, tuple(map(kind_of, parameters)), None if extra is None else kind_of(extra)),
+    )  # fmt: skip
+    workspace = harness.Workspace.make(1 << 20)
+    tensors = harness.arguments(
+        case, device_view(out).view(batch, seqlen_q, heads, -1),
+        torch.zeros(batch, heads, seqlen_q), torch.zeros(heads), torch.zeros(1),
+        torch.zeros(2, dtype=torch.int64), workspace,
+    )  # fmt: skip
+    values = (*parameters, *(() if extra is None else (extra,)))
+    arguments = (
+        *tensors, harness.scalars_of(case, num_splits=num_splits), Int32(8),
+        tuple(map(stores.argument, values)) or None,
+    )  # fmt: skip
+    emulate(compile_kernel(MlaDecode(plan), *arguments), *arguments, policy=policy)
+    assert not workspace.counters.any()
+    return op.result(out, extra)
+
+
+@pytest.mark.parametrize(
+    ("name", "heads", "num_splits"),
+    [
+        ("nvfp4", 40, 2), ("fp8", 100, 1),
+        *(
+            pytest.param(name, heads, num_splits, marks=pytest.mark.sweep)
+            for name in OPS for heads in (40, 100) for num_splits in (1, 3)
+        ),
+    ],
+)  # fmt: skip
+def test_ops_have_the_specifications_bits(name, heads, num_splits):
+    """Of the FP32 output that the same kernel leaves without an op."""
+    case = harness.case_of(heads, 1, [1, 300, 0, 65])
+    policy = harness.POLICIES[2]
+    x = launch(Identity(torch.float32), case, num_splits, policy)
+    op = OPS[name](heads)
+    assert same_bits(launch(op, case, num_splits, policy), on_reference(op, x))
+
+
+@pytest.mark.sweep
+def test_an_op_that_reads_a_tensor_for_every_row():
+    case = harness.case_of(20, 4, [300, 65])
+    gate = Gate(torch.randn(2, 4, 20, 512, dtype=BF16))
+    policy = harness.POLICIES[1]
+    x = launch(Identity(torch.float32), case, 2, policy)
+    result = launch(gate, case, 2, policy)
+    torch.testing.assert_close(result, on_reference(gate, x), rtol=2**-7, atol=0)

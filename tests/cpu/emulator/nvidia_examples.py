@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import os
 import re
 import runpy
 import subprocess
 import sys
 import time
-from collections import Counter
 from typing import Any
 from unittest import mock
 
@@ -75,7 +75,7 @@ class Runs:
     """What every launch of a program did under every policy."""
 
     def __init__(self) -> None:
-        self.seconds: Counter[str] = Counter()
+        self.seconds = dict.fromkeys(POLICIES, 0.0)
         self.steps = 0
         self.found: dict[str, dict[str, tuple[int, str]]] = {name: {} for name in POLICIES}
         self.differing: set[str] = set()
@@ -115,7 +115,7 @@ class Runs:
 
 
 def run(folder: str, name: str) -> None:
-    import cuda.bindings.driver as driver
+    driver: Any = importlib.import_module("cuda.bindings.driver")
 
     success = driver.CUresult.CUDA_SUCCESS
     script, *arguments = EXAMPLES[name]
@@ -140,14 +140,14 @@ def run(folder: str, name: str) -> None:
         except Exception as error:  # the benchmark behind the check needs a driver
             if not runs.errors:
                 verdict = f"{type(error).__name__}: {error}"[:200]
-    error = ", ".join(f"{value:.2g}" for value in runs.errors)
+    errors = ", ".join(f"{value:.2g}" for value in runs.errors)
     found = {key: sorted(runs.found[key]) for key in ("eager", "lazy", "random")}
     kinds = sorted({kind for some in found.values() for kind in some}) or ["none"]
     seconds = " / ".join(f"{runs.seconds[key]:.1f}" for key in ("eager", "lazy", "random"))
     fences = {k.split("::")[1]: n for k, (n, _) in runs.found["fences"].items() if "fence::" in k}
     equal = "no" if runs.differing else "yes"
     print(
-        f"| {name} | {' '.join(arguments)} | {runs.steps / 1e3:.0f} | {verdict} | {error} "
+        f"| {name} | {' '.join(arguments)} | {runs.steps / 1e3:.0f} | {verdict} | {errors} "
         f"| {equal} | {', '.join(kinds)} | {seconds} | {fences} |"
     )
     for key, some in runs.found.items():

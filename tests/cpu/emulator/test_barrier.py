@@ -702,7 +702,12 @@ END:
     griddepcontrol.launch_dependents;
     griddepcontrol.wait;
 """
-    options = {"warps": 1, "grid": grid, "cluster": cluster, "policy": replace(policy, resident=4)}
+    options: dict[str, Any] = {
+        "warps": 1,
+        "grid": grid,
+        "cluster": cluster,
+        "policy": replace(policy, resident=4),
+    }
     clean(run(body, out, **options))
     assert (out == 1).all(), out
     # The answer that was read is overwritten through the async proxy.

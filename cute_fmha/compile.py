@@ -2,7 +2,8 @@
 
 The kernels go to the cache that calls read (``$CUTE_FMHA_CACHE``, default ~/.cache/cute_fmha): with
 the same package versions and on the same kind of processor, a call that needs one of them finds it
-there. Sizes (b, s, h) do not matter to most kernels, head dims, dtypes and options do.
+there. Head dims, dtypes and options make a kernel, the batch and long lengths do not; how heads are
+packed into tiles depends on h and on short sq.
 
 Examples::
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Identity
+from cute_fmha.epilogues.base import kind_of
 from cute_fmha.problem import Problem, SkipSoftmax
 from cute_fmha.testing import (
     AttentionCase,
@@ -43,6 +45,7 @@ PROBLEM is a list of words, separated by commas; a word's number follows directl
   blocks64x128          block mask of so many queries and keys
   mla                   mla_decode (paged64, d576 unless told), else attention
   splits4               split the keys into so many parts
+  fp8, nvfp4            epilogue op, its scale in a tensor of one element (not for `emulate`)
 """
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -51,6 +54,7 @@ _NUMBERS = {
     "b": "batch", "sq": "seqlen_q", "sk": "seqlen_k", "hq": "heads_q", "hkv": "heads_kv",
     "d": "head_dim", "dv": "head_dim_v", "paged": "page_size", "splits": "num_splits",
 }  # fmt: skip
+_EPILOGUES = {"fp8": FP8, "nvfp4": NVFP4}
 _BOTH = {"s": ("seqlen_q", "seqlen_k"), "h": ("heads_q", "heads_kv")}
 _GAP = 12.0
 """Of the scores of a case with skip-softmax, so that its decisions have a margin."""
@@ -86,6 +90,13 @@ class ProblemText:
     lse: bool = False
     packed: bool = False
     mla: bool = False
+    epilogue: str = ""
+
+    @property
+    def op(self) -> EpilogueOp:
+        if not self.epilogue:
+            return Identity(self.out_dtype)
+        return _EPILOGUES[self.epilogue](torch.ones(()))
 
     @property
     def layout(self) -> Literal["dense", "packed", "paged"]:
@@ -93,13 +104,16 @@ class ProblemText:
 
     @property
     def problem(self) -> Problem:
+        op = self.op
+        parameters: list[torch.Tensor | float] = [*op.tensors, *op.values]
+        extra = op.extra(self.batch * self.seqlen_q, self.heads_q, self.head_dim_v)
         left, right = self.window or (-1, -1)
         return Problem(
             "mla_decode" if self.mla else "attention",
             self.layout,
             self.packed,
             self.dtype,
-            self.out_dtype or self.dtype,
+            op.out_dtype(self.dtype),
             self.batch,
             self.seqlen_q,
             self.seqlen_k,
@@ -115,6 +129,9 @@ class ProblemText:
             block_mask=self.blocks,
             skip=self.skip is not None,
             stats=self.stats,
+            epilogue=op.key,
+            parameters=tuple(map(kind_of, parameters)),
+            extra=extra and kind_of(torch.empty(extra.shape, dtype=extra.dtype)),
             num_splits=self.num_splits,
             lse=self.lse,
         )
@@ -187,6 +204,8 @@ def _read(word: str, text: str) -> list[tuple[str, Any]]:
     """(field, value) pairs that one word stands for."""
     if word in ("bf16", "fp16"):
         return [("dtype", _DTYPES[word])]
+    if word in _EPILOGUES:
+        return [("epilogue", word)]
     match = re.fullmatch(r"([a-z]+)=?(.*)", word)
     name, value = match.groups() if match else ("", "")
     if name in _FLAGS and not value:

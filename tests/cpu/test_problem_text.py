@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cute_fmha import attention, dispatch
+from cute_fmha.epilogues import FP8, NVFP4
+from cute_fmha.ops import Call
 from cute_fmha.problem_text import ProblemError, parse
 from cute_fmha.testing import AttentionCase, MlaCase
 
@@ -58,6 +61,17 @@ def test_layouts():
     assert (latent.problem.head_dim, latent.problem.head_dim_v) == (576, 512)
     assert latent.problem.page_size == 64
     assert isinstance(latent.case(0), MlaCase)
+
+
+def test_epilogues_are_those_of_calls():
+    """So that what is compiled ahead of time is what a call looks for."""
+    x = torch.zeros(1, 8, 1, 64, dtype=torch.bfloat16)
+    for word, op in (("fp8", FP8(torch.ones(1))), ("nvfp4", NVFP4(torch.ones(())))):
+        seen: list[Call] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dispatch, "run", lambda call, backend, seen=seen: seen.append(call))
+            attention(x, x, x, epilogue=op)
+        assert seen[0].problem == parse(f"s8,d64,{word}").problem
 
 
 @pytest.mark.parametrize(

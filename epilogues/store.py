@@ -1,9 +1,8 @@
-"""The one way out: TMEM → registers → epilogue op → shared memory → global memory.
+"""The one way out: TMEM → registers → epilogue op → shared memory → global memory by TMA.
 
 The output tile of ``rows`` rows leaves in chunks of 128 (or 64, 32, 16) bytes a row, through a ring
-of chunk buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them,
-by TMA, or row by row where a box would reach into rows of somebody else. Nothing comes back, and
-nothing here knows which kernel it serves.
+of chunk buffers. A warpgroup of 128 threads, one row each, makes the chunks; one warp stores them.
+Nothing comes back, and nothing here knows which kernel it serves.
 
     warpgroup   ld O(c) · scale · op · cast ──> chunk_full[b] ──> TMA store    one warp
                                             <── chunk_empty[b] ──  (once read)
@@ -15,7 +14,7 @@ directly. Either way `Store.words` is where the op is applied, and the only such
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -27,15 +26,6 @@ from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.epilogue import Leaving
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 from cute_fmha.kernels.blackwell.softmax import packed, scaled
-
-
-class Rows(NamedTuple):
-    """The rows of an output tile that exist, the first ``count``; ``address(row)`` is the global
-    address of a row's first byte, on 16 bytes. Rows need not be evenly spaced."""
-
-    count: Int32
-    address: Callable[[Int32], Int64]
-
 
 Apply = Callable[[list[Float32], Any], list[Any]] | None
 """What an op makes of columns of one row; None for a plain cast. See `EpilogueOp.blackwell`."""
@@ -171,47 +161,23 @@ class Store(Fixed):
         sO: cute.Tensor,  # (ROWS, CHUNK, STAGE)
         barriers: Barriers,
         cursor: Cursor,
-        rows: Rows | None = None,
     ) -> Cursor:
         """Store every chunk of a tile. Waits: chunk_full. Signals: chunk_empty.
 
-        A TMA box ends where its tensor does, so that rows past the end of a dense sequence need
-        nothing. Where the memory after the rows that exist belongs to somebody else (the next
-        sequence of a packed batch), the caller gives ``rows``: a tile in which all exist leaves by
-        TMA still, of any other only those that exist are written.
+        A TMA box ends where its tensor does: rows past the end of a sequence need nothing, also
+        inside of a packed tensor, if its map was made by `cute_fmha.kernels.blackwell.ragged`.
         """
         tOsO, tOgO = cpasync.tma_partition(
             tma, 0, cute.make_layout(1), cute.group_modes(sO, 0, 2), cute.group_modes(gO, 0, 2)
         )
         for c in cutlass.range_constexpr(self.chunks):
             barriers.wait("chunk_full", cursor.phase, cursor.index)
-            if cutlass.const_expr(rows is None):  # noqa: SIM114  (compile and run time)
-                self.write_box(tma, tOsO[None, cursor.index], tOgO[None, c])
-            elif rows.count >= self.rows:
-                self.write_box(tma, tOsO[None, cursor.index], tOgO[None, c])
-            else:
-                self.write_rows(sO, cursor, rows, c)
+            cute.copy(tma, tOsO[None, cursor.index], tOgO[None, c])
+            cute.arch.cp_async_bulk_commit_group()
+            cute.arch.cp_async_bulk_wait_group(0, read=True)
             barriers.arrive("chunk_empty", cursor.index)
             cursor = cursor.next()
         return cursor
-
-    def write_box(self, tma: cute.CopyAtom, chunk: cute.Tensor, target: cute.Tensor) -> None:
-        """Store a chunk by TMA; it may be overwritten afterwards."""
-        cute.copy(tma, chunk, target)
-        cute.arch.cp_async_bulk_commit_group()
-        cute.arch.cp_async_bulk_wait_group(0, read=True)
-
-    @cute.jit
-    def write_rows(self, sO: cute.Tensor, cursor: Cursor, rows: Rows, c: int):
-        """One warp writes the existing rows of chunk ``c`` of a tile, 16 bytes per lane at a time:
-        neighbouring lanes have neighbouring pieces of a row."""
-        pieces = self.row_bytes // 16
-        buffer = sO.iterator.toint() + cursor.index * self.rows * self.row_bytes
-        count, address = rows
-        for first in cutlass.range(cute.arch.lane_idx(), count * pieces, 32, unroll=4):
-            row, byte = first // pieces, first % pieces * 16
-            words = ptx.load_shared(self.address(buffer, row, byte))
-            ptx.store_global(address(row) + (c * self.row_bytes + byte), words)
 
 
 def _parameter(kind: Kind, value: Any) -> Any:

@@ -14,11 +14,12 @@ from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
 from cute_fmha.epilogues import EpilogueOp
 from cute_fmha.epilogues.base import Row, kind_of
-from cute_fmha.epilogues.store import Rows, Store
+from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, device_view
 from cute_fmha.kernels.blackwell.pipelines import Barrier, Barriers, Cursor, Topology
 from cute_fmha.kernels.blackwell.plan import Role
 from cute_fmha.kernels.blackwell.prefill_operands import DTYPES
+from cute_fmha.kernels.blackwell.ragged import cut, ragged
 
 ROWS, STAGES = 128, 2
 
@@ -28,8 +29,8 @@ class FragmentKernel:
     sequence, head). Warps 0–3 hand over one row each and warp 4 stores them; or, with ``run``,
     each of their threads stores runs of so many columns of any row itself."""
 
-    def __init__(self, leaving: Leaving, run: int = 0, ragged: bool = True) -> None:
-        self.leaving, self.run, self.ragged = leaving, run, ragged
+    def __init__(self, leaving: Leaving, run: int = 0) -> None:
+        self.leaving, self.run = leaving, run
         self.dtype = DTYPES[leaving.dtype]
         self.store = Store(ROWS, leaving, self.dtype)
         self.topology = Topology(
@@ -51,7 +52,7 @@ class FragmentKernel:
         # (TOKENS, COLUMNS, HEADS)
         mO = cute.make_tensor(out.iterator, cute.select(out.layout, mode=[0, 2, 1]))
         tma, gO = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileS2GOp(), mO, cute.select(layout, mode=[0, 1]),
+            cpasync.CopyBulkTensorTileS2GOp(), ragged(mO, 0), cute.select(layout, mode=[0, 1]),
             (ROWS, self.leaving.chunk),
         )  # fmt: skip
         self.kernel(x, mO, tma, gO, starts, layout, arguments).launch(
@@ -86,12 +87,10 @@ class FragmentKernel:
                 else:
                     self.make(x, sO, barriers.of("make"), thread, first, end, head, arguments)
             elif cutlass.const_expr(not self.run):
-                rows = None
-                if cutlass.const_expr(self.ragged):
-                    rows = Rows(end - first, lambda row: self.address(out, first + row, head))
-                mine = cute.domain_offset((first, 0, head), mO)
-                gO = cute.local_tile(mine[None, None, 0], (ROWS, self.leaving.chunk), (0, None))
-                self.store.consume(tma, gO, sO, barriers.of("store"), Cursor(STAGES), rows)
+                start = starts[sequence]
+                mine = cut(mO, 0, start, end - start)[None, None, head]
+                gO = cute.local_tile(mine, (ROWS, self.leaving.chunk), (tile, None))
+                self.store.consume(tma, gO, sO, barriers.of("store"), Cursor(STAGES))
                 cute.arch.cp_async_bulk_wait_group(0)
 
     def address(self, out: cute.Tensor, token: Int32, head: Int32) -> Int64:

@@ -24,6 +24,7 @@ from own_op import Squared
 
 from cute_fmha.emulator.backend import emulated_calls
 from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, Scale
+from cute_fmha.epilogues.base import Parameters
 from cute_fmha.epilogues.nvfp4 import swizzle
 from cute_fmha.kernels.triton.plan import interpreting
 from cute_fmha.testing import AttentionCase, Heads, Options, Source, check, dense_case, packed_case
@@ -278,7 +279,7 @@ def test_prefill_stores_what_the_op_makes_of_the_output(make, dims):
         check(case, x, lse)
         for op in prefill_ops(case):
             result, its_lse = stored(case, op, policy)
-            parameters = (*op.tensors, *op.values)
+            parameters: Parameters = (*op.tensors, *op.values)
             expected = op.reference(x, parameters, op.out_dtype(case.q.dtype))
             if isinstance(op, Gate):
                 torch.testing.assert_close(result, expected, rtol=2**-7, atol=1e-6)

@@ -131,6 +131,13 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("decided", q_tiles, (("softmax", "warp"),)),
             Barrier("decision_read", q_tiles, (("load_values", "warp"), ("correction", "warp"))),
         ]
+    over_v = []
+    if plan.o_over_v:
+        # The output of a work tile is stored, so that V of the next may come; and that is known.
+        over_v = [
+            Barrier("stored", 1, (("epilogue", "warp"),)),
+            Barrier("stored_read", 1, (("load_values", "warp"),)),
+        ]
     return Topology(
         plan.roles,
         (
@@ -154,6 +161,7 @@ def prefill_topology(plan: Plan) -> Topology:
             *decided,
             Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),
             Barrier("chunk_empty", plan.o_stages, (("epilogue", "warp"),)),
+            *over_v,
         ),
     )
 

@@ -81,6 +81,9 @@ class Plan:
     k_stages: int = 2
     v_stages: int = 2
     o_stages: int = 2
+    o_over_v: bool = (
+        False  # the chunks of O lie over V, which is fetched again when they are stored
+    )
     ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
     pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
     by_polynomial: int = 0  # of 16 exponentials, those without the special-function unit
@@ -93,6 +96,8 @@ class Plan:
             raise ValueError(
                 f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
             )
+        if self.o_over_v and self.o_bytes > self.shared_parts["V"]:
+            raise ValueError(f"O has {self.o_bytes} bytes over V: {self.shared_parts}")
         registers = sum(32 * len(role.warps) * role.registers for role in self.roles)
         if registers > REGISTERS:
             raise ValueError(f"registers: {registers} of {REGISTERS}")
@@ -137,6 +142,11 @@ class Plan:
         return Leaving(self.op, self.out_dtype, self.head_dim_v)
 
     @property
+    def o_bytes(self) -> int:
+        """Bytes of the buffers through which the output leaves."""
+        return self.o_stages * self.tile_m * self.leaving.chunk_bytes
+
+    @property
     def shared_parts(self) -> dict[str, int]:
         """Bytes of shared memory by use."""
         element = self.dtype.itemsize
@@ -144,7 +154,7 @@ class Plan:
             "Q": self.q_tiles * self.tile_m * self.head_dim * element,
             "K": self.k_stages * self.tile_n * self.head_dim * element,
             "V": self.v_stages * self.tile_n * self.head_dim_v * element,
-            "O": self.o_stages * self.tile_m * self.leaving.chunk_bytes,
+            "O": 0 if self.o_over_v else self.o_bytes,
             "statistics": self.q_tiles * self.tile_m * 2 * 4,
             "other": OTHER_BYTES,
         }
@@ -161,16 +171,21 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """Two Q tiles of 128 keys where TMEM and shared memory allow it, and as many stages as fit.
 
-    At (192, 128) Q alone takes 96 KiB, so that KV tiles have 64 keys; at (256, 256) O takes half of
-    TMEM and there is one Q tile. Two Q tiles by 128 keys keep the special-function unit busy for
-    2048 cycles, and the tensor core for 16 a head dim: at 128 as many exponentials go by polynomial
-    as leave the former well below the latter, at 64 and 96 as many as instructions allow.
+    At (192, 128) Q takes 96 KiB and two K tiles as much: there is room for one V tile, and none for
+    the output beside it. At (256, 256) O takes half of TMEM, hence one Q tile, and KV tiles of 64
+    keys. Two Q tiles by 128 keys keep the special-function unit busy for 2048 cycles, the tensor
+    core for 8 a column of K and of V: at 128 as many exponentials go by polynomial as leave the
+    former well below the latter, at 64 and 96 as many as instructions allow.
     """
-    wide = head_dim > 128
+    if head_dim == 192:
+        return Plan(
+            head_dim, head_dim_v, dtype, out_dtype, features, v_stages=1, o_over_v=True,
+            op=op or Op(),
+        )  # fmt: skip
+    wide = head_dim_v > 128
     plan = Plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
-        q_tiles=1 if head_dim_v > 128 else 2,
-        by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
+        q_tiles=1 if wide else 2, by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
         op=op or Op(),
     )  # fmt: skip
     while plan.k_stages < 4:

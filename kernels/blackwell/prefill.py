@@ -227,7 +227,10 @@ class Prefill:
             sK: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.sK)], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[self.dtype, cute.cosize(layouts.sV)], 1024]
             sO: cute.struct.Align[
-                cute.struct.MemRange[self.out_dtype, cute.cosize(layouts.sO)], 1024
+                cute.struct.MemRange[
+                    self.out_dtype, 0 if plan.o_over_v else cute.cosize(layouts.sO)
+                ],
+                1024,
             ]
             sScale: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
             sMax: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
@@ -242,11 +245,13 @@ class Prefill:
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
         per_row = cute.make_layout((plan.tile_m, plan.q_tiles))
         votes = storage.sVotes.get_tensor(cute.make_layout((4, 2, plan.q_tiles)))
+        o_buffers = storage.sV.data_ptr() if plan.o_over_v else storage.sO.data_ptr()
+        o_buffers = cute.recast_ptr(o_buffers, layouts.sO.inner, dtype=self.out_dtype)
         shared = Shared(
             sQ=storage.sQ.get_tensor(layouts.sQ.outer, swizzle=layouts.sQ.inner),
             sK=storage.sK.get_tensor(layouts.sK.outer, swizzle=layouts.sK.inner),
             sV=storage.sV.get_tensor(layouts.sV.outer, swizzle=layouts.sV.inner),
-            sO=storage.sO.get_tensor(layouts.sO.outer, swizzle=layouts.sO.inner),
+            sO=cute.make_tensor(o_buffers, layouts.sO.outer),
             sScale=storage.sScale.get_tensor(per_row),
             sMax=storage.sMax.get_tensor(per_row),
             sVotes=votes,

@@ -70,6 +70,11 @@ def correction(
                     fresh[t] = Boolean(False)
                     barriers.arrive_tmem("p_ready", t)
             n = tile.after(n)
+        if cutlass.const_expr(plan.o_over_v):
+            # Chunks lie where V was: all products are to be complete before the first is written.
+            for t in cutlass.range_constexpr(plan.q_tiles):
+                if q_tiles[t].any:
+                    barriers.wait_tmem("o_full", o_phase[t], t)
         for t in cutlass.range_constexpr(plan.q_tiles):
             first_row = work.first_row(tile, t)
             if first_row < work.rows(tile):
@@ -83,7 +88,8 @@ def correction(
                     total = shared.sScale[thread, t]
                     row_max = shared.sMax[thread, t]
                     barriers.arrive("scale_empty", t)
-                    barriers.wait_tmem("o_full", o_phase[t], t)
+                    if cutlass.const_expr(not plan.o_over_v):
+                        barriers.wait_tmem("o_full", o_phase[t], t)
                     o_phase[t] = o_phase[t] ^ 1
                 maximum_log2 = row_max * scalars.scale_log2
                 left = Float32(1.0)
@@ -121,8 +127,10 @@ def epilogue(
     """Also gives out the work: the record after next takes the place of the one that is stored.
 
     Reads: the chunk buffers. Writes: O in global memory by TMA, sWork.
-    Waits: chunk_full, work_empty. Signals: chunk_empty, work_full. Registers: 48."""
+    Waits: chunk_full, work_empty, stored_read.
+    Signals: chunk_empty, work_full, stored. Registers: 48."""
     chunk = Cursor(plan.o_stages)
+    stored = Int32(0)
     turn = schedule.start()
     for _record in cutlass.range_constexpr(WORK_STAGES):
         turn = schedule.hand_out(turn, shared, barriers)
@@ -137,5 +145,9 @@ def epilogue(
                 chunk = store.consume(
                     mem.tma_o, gO[None, None, row_tile, None], shared.sO, barriers, chunk
                 )
+        if cutlass.const_expr(plan.o_over_v):
+            barriers.wait("stored_read", stored)
+            barriers.arrive("stored")
+            stored = stored ^ 1
         turn = schedule.hand_out(turn, shared, barriers)
         tile = work.following(tile, barriers)

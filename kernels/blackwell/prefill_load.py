@@ -80,13 +80,19 @@ def load_values(
     """V by a warp of its own: only it waits for decisions, K is always ahead of them.
 
     Reads: V in global memory. Writes: sV by TMA.
-    Waits: decided, v_empty. Signals: decision_read, v_full. Registers: 48."""
+    Waits: decided, v_empty, stored. Signals: decision_read, v_full, stored_read. Registers: 48."""
     pv = mmas.pv.get_slice(0)
     v_bytes = plan.tile_n * plan.head_dim_v * plan.dtype.itemsize
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
     v = Cursor(plan.v_stages)
+    stored = Int32(0)
     tile = work.first(barriers)
     while tile.exists:
+        if cutlass.const_expr(plan.o_over_v):
+            # The output of the work tile before lies where V comes to.
+            barriers.wait("stored", stored ^ 1)
+            barriers.arrive("stored_read")
+            stored = stored ^ 1
         # (DV, KEY, KEY_TILE)
         gV = cute.local_tile(
             work.value_rows(tile, mem.mV), (plan.head_dim_v, plan.tile_n), (0, None)

@@ -83,6 +83,11 @@ def mma(
                             p_phase[t] = p_phase[t] ^ 1
                         if n == q_tiles[t].end - 1:
                             barriers.commit("o_full", t)
+                    if cutlass.const_expr(t == plan.q_tiles - 1):  # noqa: SIM102  (as below)
+                        if v_used:
+                            # Before the last Q Kᵀ, whose end it would have to wait for.
+                            barriers.commit("v_empty", v.index)
+                            v = v.next()
                     if cutlass.const_expr(t == 0):  # noqa: SIM102  (compile and run time)
                         if coming < end:
                             barriers.wait("k_full", k.phase, k.index)
@@ -91,9 +96,6 @@ def mma(
                             tS[t], q, q.tile(t), k_tiles, k_tiles.tile(k.index), qk_kind
                         )
                         barriers.commit("s_full", t)
-                if v_used:
-                    barriers.commit("v_empty", v.index)
-                    v = v.next()
                 if coming < end:
                     barriers.commit("k_empty", k.index)
                     k = k.next()

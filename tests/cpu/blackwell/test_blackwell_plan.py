@@ -119,5 +119,6 @@ def test_when_heads_are_packed():
 def test_every_pair_has_a_plan_within_budget(dims, out_dtype):
     made = make_plan(*dims, torch.bfloat16, out_dtype, Features())
     assert made.shared_bytes <= 227 << 10
-    assert min(made.k_stages, made.v_stages) >= 2
+    assert made.k_stages >= 2
+    assert made.v_stages >= (1 if made.o_over_v else 2)
     assert made.tmem.columns <= 512

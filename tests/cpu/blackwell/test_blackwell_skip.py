@@ -41,6 +41,20 @@ def test_decisions_of_the_oracle(policy, options):
     assert stats.tolist() == [7 + expected.skipped, 100 + expected.total]
 
 
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128)])
+def test_decisions_at_other_head_dims(dims):
+    case = skip_case(390, 900, Heads(2, 1, *dims), Options(causal=True))
+    skip = SkipSoftmax(math.exp(-6.0))
+    expected = case.oracle(TILES, skip)
+    assert expected.margin > 1.0
+    assert 0 < expected.skipped < expected.total
+    for policy in harness.POLICIES:
+        stats = torch.zeros(2, dtype=torch.int64)
+        out, lse, _ = harness.run(case, policy, skip=skip.value, stats=stats, features=SKIP)
+        check(case, out, lse, TILES, skip)
+        assert stats.tolist() == [expected.skipped, expected.total]
+
+
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("relative", [False, True])
 def test_threshold_in_every_form(tensor, relative):

@@ -52,12 +52,14 @@ Constraints: `mla_decode_small_plan.can_implement`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
+from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_small_epilogue import combine
@@ -72,14 +74,9 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
 from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
 from cute_fmha.kernels.blackwell.pipelines import Barrier, Barriers, Topology
+from cute_fmha.kernels.blackwell.prefill_operands import DTYPES
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
-
-DTYPES = {
-    torch.float16: cutlass.Float16,
-    torch.bfloat16: cutlass.BFloat16,
-    torch.float32: cutlass.Float32,
-}
 
 
 def topology(plan: SmallPlan) -> Topology:
@@ -121,7 +118,7 @@ class MlaDecodeSmall:
         self.plan = plan
         self.topology = topology(plan)
         self.dtype = DTYPES[plan.dtype]
-        self.out_dtype = DTYPES[plan.out_dtype]
+        self.store = Store(plan.rows, plan.leaving, DTYPES[plan.out_dtype])
 
     @cute.jit
     def __call__(
@@ -139,8 +136,10 @@ class MlaDecodeSmall:
         mPartial: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
+        op: tuple[Any, ...] | None = None,
     ):
-        """Launch with at most ``ctas`` CTAs."""
+        """Launch with at most ``ctas`` CTAs. ``op``: what the epilogue op reads, and its second
+        output."""
         plan = self.plan
         # (PAGE_ROW, D, PAGE)
         mL = cute.make_tensor(mKV.iterator, cute.select(mKV.layout, mode=[1, 3, 0]))
@@ -158,7 +157,7 @@ class MlaDecodeSmall:
         load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
         tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, shape)
         mem = Global(
-            tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters, mPartial
+            tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters, mPartial, op
         )
         workers = most_workers(
             plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
@@ -215,7 +214,7 @@ class MlaDecodeSmall:
         work = Work(plan, mem, scalars, shared.sFound)
         if warp < mma_warp:
             softmax(
-                plan, self.dtype, self.out_dtype, work, mem, shared, scalars, tmem,
+                plan, self.dtype, self.store, work, mem, shared, scalars, tmem,
                 barriers.of("softmax"),
             )  # fmt: skip
         elif warp == mma_warp:
@@ -225,7 +224,7 @@ class MlaDecodeSmall:
         else:
             query(plan, work, mem, shared, barriers.of("query"))
         if cutlass.const_expr(plan.cut is not Cut.WHOLE):
-            combine(work, self.out_dtype, warp)
+            combine(work, self.store, warp)
         cute.arch.sync_threads()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns)

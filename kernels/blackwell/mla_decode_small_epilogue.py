@@ -5,17 +5,17 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS
 from cute_fmha.kernels.blackwell.mla_decode_small_work import COMBINE, EXCHANGE, Group, Work
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, packed, scaled, with_sink
+from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 LN2 = math.log(2.0)
@@ -38,7 +38,7 @@ def swizzled(column: Int32) -> Int32:
 
 
 @cute.jit
-def finish(group: Group, out_dtype, place: Place, piece: Piece, minus, total, count: Int32):
+def finish(group: Group, store: Store, place: Place, piece: Piece, minus, total, count: Int32):
     """Of a piece that has tiles, ``count`` so far in all, store O and LSE, or its partial result if
     it is not a whole work tile."""
     shared, rows = group.shared, group.rows()
@@ -61,8 +61,8 @@ def finish(group: Group, out_dtype, place: Place, piece: Piece, minus, total, co
         for row in own_rows(group):
             scales.append(outcome(group.work, piece, row, *statistics(group, row), lead(group)))
         transposed(
-            group, lambda j, row, column, values: store(
-                group.work, out_dtype, piece, row, column, [x * scales[j] for x in values]
+            group, lambda j, row, column, values: write(
+                group.work, store, piece, row, column, scaled(values, scales[j])
             ),
         )  # fmt: skip
     elif cutlass.const_expr(group.plan.cut is not Cut.WHOLE):
@@ -116,7 +116,7 @@ def transposed(group: Group, output: cutlass.Constexpr):
 
 
 @cute.jit
-def nothing(group: Group, out_dtype, piece: Piece):
+def nothing(group: Group, store: Store, piece: Piece):
     """Store what a work tile without tiles gives: zeros."""
     empty = EMPTY * group.scalars.scale_log2
     first = (group.warp * 32 + group.lane) * RUN % COLUMNS
@@ -124,27 +124,27 @@ def nothing(group: Group, out_dtype, piece: Piece):
         outcome(group.work, piece, row, empty, Float32(0.0), lead(group))
         for part in cutlass.range(group.plan.parts, unroll=1):
             zeros = [Float32(0.0)] * RUN
-            store(group.work, out_dtype, piece, row, part * COLUMNS + first, zeros)
+            write(group.work, store, piece, row, part * COLUMNS + first, zeros)
 
 
 @cute.jit
-def combine(work: Work, out_dtype, warp: Int32):
+def combine(work: Work, store: Store, warp: Int32):
     """Reduce partial results and store what comes of them."""
     warps = work.plan.threads // 32
     work.splitkv.combine(
         work.workspace, work.pieces, warp, warps, COMBINE,
-        functools.partial(reduced, work, out_dtype),
+        functools.partial(reduced, work, store),
     )  # fmt: skip
 
 
 @cute.jit
 def reduced(
-    work: Work, out_dtype, piece: Piece, row: Int32, column: Int32, values,
+    work: Work, store: Store, piece: Piece, row: Int32, column: Int32, values,
     maximum_log2: Float32, total: Float32,
 ):  # fmt: skip
     """Normalise and store neighbouring columns of a row."""
     scale = outcome(work, piece, row, maximum_log2, total, column == 0)
-    store(work, out_dtype, piece, row, column, scaled(values, scale))
+    write(work, store, piece, row, column, scaled(values, scale))
 
 
 @cute.jit
@@ -168,14 +168,12 @@ def outcome(
     return scale
 
 
-def store(
-    work: Work, out_dtype: Any, piece: Piece, row: Int32, column: Int32, values: list[Float32]
+def write(
+    work: Work, store: Store, piece: Piece, row: Int32, column: Int32, values: list[Float32]
 ) -> None:
-    """Cast and store neighbouring columns of a row, if it exists."""
+    """Store what becomes of neighbouring columns of a row, if it exists."""
     mO = work.mem.mO
     position, head, exists = work.position(piece, row)
-    at = (piece.batch, position, head, column)
-    target = (mO.iterator + cute.crd2idx(at, mO.layout)).toint()
-    words = values if out_dtype is Float32 else packed(values, out_dtype)
-    for first in range(0, len(words), 4):
-        ptx.store_global(target + first * 4, words[first : first + 4], exists)
+    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, 0), mO.layout)).toint()
+    apply = store.apply(work.output_row(piece, row), work.mem.op)
+    store.write(values, column, apply, start, exists)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
+from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
 from cute_fmha.kernels.blackwell.plan import OTHER_BYTES, SHARED_BYTES, Features, Role
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
@@ -51,6 +52,7 @@ class SmallPlan:
     tile_n: int = 64
     cut: Cut = Cut.WHOLE
     rescale_threshold: float = 8.0
+    op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
         self.tmem  # noqa: B018  (its construction checks the map)
@@ -78,6 +80,11 @@ class SmallPlan:
     def slots(self) -> Slots:
         """Partial results: a thread writes neighbouring columns of a row."""
         return Slots(self.rows, self.head_dim_v, row_minor=False)
+
+    @property
+    def leaving(self) -> Leaving:
+        """What is stored of a row."""
+        return Leaving(self.op, self.out_dtype, self.head_dim_v)
 
     @property
     def parts(self) -> int:
@@ -163,12 +170,12 @@ class SmallPlan:
 @functools.cache
 def make_small_plan(
     head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype,
-    features: Features, rows: int, box: int = 64, cut: Cut = Cut.WHOLE,
+    features: Features, rows: int, box: int = 64, cut: Cut = Cut.WHOLE, op: Op | None = None,
 ) -> SmallPlan:  # fmt: skip
     """As many stages as shared memory takes."""
     plan = SmallPlan(
         head_dim, head_dim_v, dtype, out_dtype, features, 16 if rows <= 16 else MOST_ROWS, box,
-        v_stages=2 * head_dim_v // COLUMNS, cut=cut,
+        v_stages=2 * head_dim_v // COLUMNS, cut=cut, op=op or Op(),
     )  # fmt: skip
     while True:
         try:
@@ -212,6 +219,4 @@ def can_implement(problem: Problem, target: Target) -> str | None:
             "the MLA decode kernel of few rows takes pages of 1 or a multiple of 8 tokens, or one "
             f"page a sequence; got {problem.page_size}"
         )
-    if not problem.epilogue.startswith("identity"):
-        return f"the MLA decode kernel of few rows has no epilogue {problem.epilogue!r}"
-    return None
+    return unsuited(problem)

@@ -19,6 +19,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
 
+from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_small_epilogue import finish, nothing
@@ -127,7 +128,7 @@ def masked(group: Group, piece: Piece, n: Int32, scores: list[Float32]) -> list[
 
 @cute.jit
 def softmax(
-    plan: SmallPlan, dtype, out_dtype, work: Work, mem: Global, shared: Shared, scalars: Scalars,
+    plan: SmallPlan, dtype, store: Store, work: Work, mem: Global, shared: Shared, scalars: Scalars,
     tmem: cute.Pointer, barriers: Barriers,
 ):  # fmt: skip
     """Reads: S, O. Writes: P, sKeep, O and LSE in global memory.
@@ -152,9 +153,9 @@ def softmax(
                 state, tally = step(group, piece, threshold, n, state, tally, False)
             for n in cutlass.range(piece.full_end, piece.end, unroll=1):
                 state, tally = step(group, piece, threshold, n, state, tally, True)
-            finish(group, out_dtype, place, piece, state.minus, state.total, tally.count)
+            finish(group, store, place, piece, state.minus, state.total, tally.count)
         elif piece.exists != 0:
-            nothing(group, out_dtype, piece)
+            nothing(group, store, piece)
         place = work.pieces.next(place, piece)
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
         if thread == 0:

@@ -12,6 +12,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
+from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
@@ -39,6 +40,7 @@ class Global(NamedTuple):
     mStats: cute.Tensor  # (2,): tiles skipped, and all
     mCounters: cute.Tensor  # (COUNTERS,), see `splitkv`
     mPartial: cute.Tensor  # (FLOATS,)
+    op: tuple[Any, ...] | None  # what the epilogue op reads, and its second output
 
 
 class Shared(NamedTuple):
@@ -107,6 +109,12 @@ class Work(Fixed):
         row = cutlass.min(row, self.pieces.total_rows - 1)
         position = row // self.sizes.heads
         return position, row - position * self.sizes.heads, exists
+
+    def output_row(self, piece: Piece, row: Int32) -> Row:
+        """Row ``row`` of a work tile as the epilogue op sees it."""
+        position, head, exists = self.position(piece, row)
+        token = piece.batch * self.sizes.seqlen_q + position
+        return Row(token, head, exists, self.plan.head_dim_v)
 
     def threshold(self, piece: Piece) -> Float32:
         """log2 λ for a sequence, where tiles may be skipped."""

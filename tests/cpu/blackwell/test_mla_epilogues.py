@@ -1,4 +1,4 @@
-"""Epilogue ops at the end of the MLA decode kernel: the specification's bits, split or not."""
+"""Epilogue ops at the end of the MLA decode kernels: the specification's bits, split or not."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
 from cute_fmha.kernels.blackwell.epilogue import Op, device_view  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import (  # noqa: E402
+    MOST_ROWS,
+    make_small_plan,
+)
 
 BF16 = torch.bfloat16
 OPS = {
@@ -37,11 +42,20 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
     tokens = batch * seqlen_q
     parameters = (*op.tensors, *op.values)
     out, extra = allocate(op, torch.zeros(tokens, heads, 512))
-    plan = make_plan(
-        width, BF16, out.dtype, harness.features_of(case), case.kv_cache.shape[1],
-        seqlen_q * heads, Cut.WHOLE if num_splits == 1 else Cut.FIXED,
-        Op(op.key, tuple(map(kind_of, parameters)), None if extra is None else kind_of(extra)),
-    )  # fmt: skip
+    cut = Cut.WHOLE if num_splits == 1 else Cut.FIXED
+    kinds = tuple(map(kind_of, parameters))
+    compiled_in = Op(op.key, kinds, None if extra is None else kind_of(extra))
+    features, rows = harness.features_of(case), seqlen_q * heads
+    kernel: Any
+    if rows <= MOST_ROWS:
+        kernel = MlaDecodeSmall(
+            make_small_plan(width, 512, BF16, out.dtype, features, rows, cut=cut, op=compiled_in)
+        )
+    else:
+        page_size = case.kv_cache.shape[1]
+        kernel = MlaDecode(
+            make_plan(width, BF16, out.dtype, features, page_size, rows, cut, compiled_in)
+        )
     workspace = harness.Workspace.make(1 << 20)
     tensors = harness.arguments(
         case, device_view(out).view(batch, seqlen_q, heads, -1),
@@ -53,7 +67,7 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
         *tensors, harness.scalars_of(case, num_splits=num_splits), Int32(8),
         tuple(map(stores.argument, values)) or None,
     )  # fmt: skip
-    emulate(compile_kernel(MlaDecode(plan), *arguments), *arguments, policy=policy)
+    emulate(compile_kernel(kernel, *arguments), *arguments, policy=policy)
     assert not workspace.counters.any()
     return op.result(out, extra)
 
@@ -61,10 +75,10 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
 @pytest.mark.parametrize(
     ("name", "heads", "num_splits"),
     [
-        ("nvfp4", 40, 2), ("fp8", 100, 1),
+        ("nvfp4", 40, 2), ("fp8", 100, 1), ("nvfp4", 12, 2), ("fp8", 20, 1),
         *(
             pytest.param(name, heads, num_splits, marks=pytest.mark.sweep)
-            for name in OPS for heads in (40, 100) for num_splits in (1, 3)
+            for name in OPS for heads in (12, 20, 40, 100) for num_splits in (1, 3)
         ),
     ],
 )  # fmt: skip
@@ -78,9 +92,10 @@ def test_ops_have_the_specifications_bits(name, heads, num_splits):
 
 
 @pytest.mark.sweep
-def test_an_op_that_reads_a_tensor_for_every_row():
-    case = harness.case_of(20, 4, [300, 65])
-    gate = Gate(torch.randn(2, 4, 20, 512, dtype=BF16))
+@pytest.mark.parametrize("heads", [5, 20])
+def test_an_op_that_reads_a_tensor_for_every_row(heads):
+    case = harness.case_of(heads, 4, [300, 65])
+    gate = Gate(torch.randn(2, 4, heads, 512, dtype=BF16))
     policy = harness.POLICIES[1]
     x = launch(Identity(torch.float32), case, 2, policy)
     result = launch(gate, case, 2, policy)

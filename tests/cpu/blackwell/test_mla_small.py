@@ -311,7 +311,7 @@ def test_what_can_be_implemented():
         "got 48 of 2": {"heads_q": 24, "seqlen_q": 2},
         "got 0 of 2": {"seqlen_q": 0},
         "multiple of 8 tokens.*got 20": {"page_size": 20},
-        "epilogue 'nvfp4'": {"epilogue": "nvfp4"},
+        "got torch.float64": {"out_dtype": torch.float64},
     }
     for reason, changes in refused.items():
         assert re.search(reason, plans.can_implement(replace(plain, **changes), target) or "")

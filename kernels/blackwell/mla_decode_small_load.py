@@ -95,7 +95,7 @@ class Gathers:
     @cute.jit
     def fetch(self, first: int, targets: list[cute.Tensor], barrier: Any):
         """Blocks from ``first`` on, each to its target."""
-        for four in cutlass.range(self.plan.boxes, unroll=1):
+        for four in cutlass.range(self.plan.boxes, unroll=4):
             tokens = ptx.load_shared(self.sTokens.iterator.toint() + four * 16)
             for b in cutlass.range_constexpr(len(targets)):
                 ptx.gather_rows(

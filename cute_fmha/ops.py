@@ -157,6 +157,7 @@ def mla_decode_call(
         extra=None if extra is None else kind_of(extra),
         num_splits=num_splits,
         lse=lse is not None,
+        max_logits=max_logits is not None,
         skip_tensor=skip_tensor is not None,
         skip_relative=skip and skip_relative,
     )

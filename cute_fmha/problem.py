@@ -149,10 +149,10 @@ class Problem:
 
     ``seqlen_q`` and ``seqlen_k`` are per-sequence maxima (for paged keys the table's capacity).
     ``window_left``/``window_right`` have causal folded in (causal is ``window_right == 0``), −1 is
-    unbounded. ``num_splits`` 0 leaves the choice to the backend. ``lse``, ``seqused`` and
-    ``skip_tensor`` say that the call has such a tensor; ``seqused`` only for dense keys, paged ones
-    always have it. ``skip_relative``: λ is a factor over the KV length. ``parameters`` and
-    ``extra`` (its second output) are the epilogue op's.
+    unbounded. ``num_splits`` 0 leaves the choice to the backend. ``lse``, ``max_logits``,
+    ``seqused`` and ``skip_tensor`` say that the call has such a tensor; ``seqused`` only for dense
+    keys, paged ones always have it. ``skip_relative``: λ is a factor over the KV length.
+    ``parameters`` and ``extra`` (its second output) are the epilogue op's.
     """
 
     op: Literal["attention", "mla_decode"]
@@ -178,6 +178,7 @@ class Problem:
     epilogue: str = "identity"
     num_splits: int = 0
     lse: bool = False
+    max_logits: bool = False
     seqused: bool = False
     skip_tensor: bool = False
     skip_relative: bool = False

@@ -140,7 +140,14 @@ def capture(
         for i, value in enumerate(call.parameters)
         if isinstance(value, torch.Tensor)
     ]
-    given = [_device_argument(value) for value in arguments(call)]
+    values = arguments(call)
+    # Also what is not the caller's: a workspace of the library's own.
+    memory += [
+        Memory.of(f"argument {i}", value)
+        for i, value in enumerate(values)
+        if isinstance(value, torch.Tensor)
+    ]
+    given = [_device_argument(value) for value in values]
     return cap.collect(binary, lambda function: function(*given), memory, device)
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_fmha.cache import Binary, Key, digest, fetch
 from cute_fmha.epilogues.base import resolve
-from cute_fmha.kernels.blackwell import build, prefill_host
+from cute_fmha.kernels.blackwell import build, mla_host, prefill_host
 from cute_fmha.problem import Problem, Target, target_of
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ class Host(Protocol):
     def plan_of(self, problem: Problem) -> Any: ...
     def skip_tiles(self, plan: Any) -> dict[str, Any]: ...
     def compile_arguments(self, plan: Any) -> tuple[Any, tuple[Any, ...]]: ...
-    def call_arguments(self, problem: Problem) -> Callable[[Call], tuple[Any, ...]]: ...
+    def call_arguments(
+        self, problem: Problem, target: Target
+    ) -> Callable[[Call], tuple[Any, ...]]: ...
 
 
-KERNELS: tuple[Host, ...] = (prefill_host,)
+KERNELS: tuple[Host, ...] = (prefill_host, mla_host)
 
 ARCHITECTURES = {100: "sm_100a", 103: "sm_103a"}
 """What to compile for, by compute capability."""
@@ -95,7 +97,7 @@ def prepare(problem: Problem, target: Target) -> Prepared:
     host = choose(problem, target)
     plan = host.plan_of(problem)
     binary = binary_of(host, plan, ARCHITECTURES[target.arch], problem.epilogue)
-    return Prepared(plan, binary, host.call_arguments(problem))
+    return Prepared(plan, binary, host.call_arguments(problem, target))
 
 
 def binary_of(host: Host, plan: Any, arch: str, epilogue: str = "identity") -> Binary:

@@ -58,6 +58,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
+from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
@@ -109,7 +110,8 @@ class MlaDecode:
         mPartial: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
-        op: tuple[Any, ...] | None = None,
+        op: tuple[Any, ...] | None,
+        stream: CUstream,
     ):
         """Launch on mQ [B, Sq, Hq, D], mKV [PAGES, PAGE, 1, D] and mO [B, Sq, Hq, Dv], whose
         positions and heads follow each other evenly, with at most ``ctas`` CTAs. ``op``: what the
@@ -126,13 +128,13 @@ class MlaDecode:
             plan.cutting,
             mQ.shape[1] * mQ.shape[2],
             mQ.shape[0],
-            mTable.shape[1] * mKV.shape[0],
+            mTable.shape[1] * mKV.shape[1],
             scalars.num_splits,
         )
         clusters = cutlass.min(clusters, cutlass.max(ctas // plan.ctas, 1))
         self.kernel(mem, scalars).launch(
             grid=(clusters * plan.ctas, 1, 1), block=(plan.threads, 1, 1),
-            cluster=(plan.ctas, 1, 1), min_blocks_per_mp=1,
+            cluster=(plan.ctas, 1, 1), min_blocks_per_mp=1, stream=stream,
         )  # fmt: skip
 
     def maps(self, mKV: cute.Tensor) -> tuple[cute.CopyAtom, cute.CopyAtom, cute.Tensor]:

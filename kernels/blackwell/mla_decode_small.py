@@ -56,6 +56,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
+from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.nvgpu import cpasync, tcgen05
 
@@ -136,7 +137,8 @@ class MlaDecodeSmall:
         mPartial: cute.Tensor,
         scalars: Scalars,
         ctas: Int32,
-        op: tuple[Any, ...] | None = None,
+        op: tuple[Any, ...] | None,
+        stream: CUstream,
     ):
         """Launch with at most ``ctas`` CTAs. ``op``: what the epilogue op reads, and its second
         output."""
@@ -165,7 +167,7 @@ class MlaDecodeSmall:
         )  # fmt: skip
         self.kernel(mem, scalars).launch(
             grid=(cutlass.min(workers, ctas), 1, 1), block=(plan.threads, 1, 1),
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=1, stream=stream,
         )  # fmt: skip
 
     @cute.kernel

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cute_fmha.kernels.blackwell.epilogue import device_view, op_arguments, op_of, placeholders
 from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan, packed_heads
-from cute_fmha.problem import Problem
+from cute_fmha.problem import Problem, Target
 
 if TYPE_CHECKING:
     from cute_fmha.ops import Call
@@ -88,7 +88,7 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
     return Prefill(plan), arguments
 
 
-def call_arguments(problem: Problem) -> Callable[[Call], tuple[Any, ...]]:
+def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[Any, ...]]:
     """What turns a call of ``problem`` into arguments.
 
     The stream is not among them: TVM-FFI takes PyTorch's current one.

@@ -7,7 +7,6 @@ import torch
 from cute_fmha.kernels.triton.decode import decode_kernel
 from cute_fmha.kernels.triton.epilogue import epilogue_arguments, kernel_view
 from cute_fmha.kernels.triton.plan import (
-    COUNTER_BYTES,
     Plan,
     head_dim_parts,
     make_plan,
@@ -17,28 +16,7 @@ from cute_fmha.kernels.triton.prefill import prefill_kernel
 from cute_fmha.ops import Call
 from cute_fmha.problem import target_of
 from cute_fmha.tiling import ceil_div
-
-_workspaces: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _stream_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
-    """The library's own workspace of the current stream, grown to ``nbytes``.
-
-    Under CUDA-graph capture the memory belongs to the graph, so it is not kept: the capture
-    records its zeroing, and every replay starts from zeroed counters.
-    """
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.zeros(nbytes, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    workspace = _workspaces.get((device, stream))
-    if workspace is None or workspace.numel() < nbytes:
-        workspace = torch.zeros(
-            max(nbytes, next_power_of_two(nbytes)), dtype=torch.uint8, device=device
-        )
-        _workspaces[device, stream] = workspace
-    return workspace
+from cute_fmha.workspace import COUNTER_BYTES, workspace_of
 
 
 def _workspace_parts(
@@ -48,14 +26,7 @@ def _workspace_parts(
     needed = plan.workspace_bytes(call.problem)
     if not needed:
         return None, None, None
-    workspace = call.workspace
-    if workspace is None:
-        workspace = _stream_workspace(call.q.device, needed)
-    elif workspace.numel() < needed:
-        raise ValueError(
-            f"workspace: got {workspace.numel()} bytes; {plan.num_splits} splits of this problem "
-            f"need {needed} (make_workspace(device, nbytes={needed}))"
-        )
+    workspace = workspace_of(call.workspace, call.q.device, needed, plan.num_splits)
     slots = plan.work_tiles(call.problem) * plan.num_splits
     partial_begin = COUNTER_BYTES + slots * plan.tile_m * 8
     return (

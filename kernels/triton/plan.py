@@ -14,9 +14,7 @@ from cute_fmha.epilogues.cast import IDENTITY
 from cute_fmha.epilogues.nvfp4 import NVFP4
 from cute_fmha.problem import Problem, Target
 from cute_fmha.tiling import ceil_div
-
-COUNTER_BYTES = 64 << 10
-"""Head of the workspace: int32 tickets, finished programs, arrivals of each work tile."""
+from cute_fmha.workspace import COUNTER_BYTES
 
 COMBINE_ELEMENTS = 16
 """(row, split) pairs a combine program holds at once; with Dv columns each in registers."""

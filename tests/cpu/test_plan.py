@@ -15,13 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cute_fmha import dispatch
 from cute_fmha.dispatch import select
 from cute_fmha.epilogues import EpilogueOp
 from cute_fmha.kernels.triton import hopper_prefill
 from cute_fmha.kernels.triton import plan as planning
 from cute_fmha.kernels.triton.plan import (
     COMBINE_ELEMENTS,
-    COUNTER_BYTES,
     Plan,
     can_implement,
     choose_splits,
@@ -32,6 +32,7 @@ from cute_fmha.kernels.triton.plan import (
 )
 from cute_fmha.problem import HEAD_DIMS, Problem, Target
 from cute_fmha.tiling import ceil_div, split_tile_range
+from cute_fmha.workspace import COUNTER_BYTES
 
 A100 = Target("cuda", 80, 108)
 H200 = Target("cuda", 90, 132)
@@ -286,7 +287,10 @@ def test_cpu_needs_the_interpreter(interpret, monkeypatch):
 def test_every_validated_problem_runs_on_a_gpu(problem, target):
     """Head dims, heads, lengths and page sizes are no constraint of the portable kernels."""
     assert can_implement(replace(problem, stats=True, sink=True, softcap=True), target) is None
-    assert select(problem, target, "auto").__name__ == "cute_fmha.kernels.triton"
+    chosen = "cute_fmha.kernels.triton"
+    if dispatch.can_implement(problem, target, "blackwell") is None:
+        chosen = "cute_fmha.kernels.blackwell.launch"
+    assert select(problem, target, "auto").__name__ == chosen
 
 
 def test_decode_packs_heads_where_queries_are_few():

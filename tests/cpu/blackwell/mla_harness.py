@@ -8,7 +8,7 @@ A kernel object has the ``plan`` it was made from, of which this file uses
     cut, slots how work tiles are cut, and what partial results take (`kernels.blackwell.cutting`)
 
 and is called as ``kernel(mQ, mKV, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters,
-mPartial, scalars, ctas)``; see `arguments`. Every extent and stride is dynamic.
+mPartial, scalars, ctas, op, stream)``; see `arguments`. Every extent and stride is dynamic.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cuda.bindings.driver import CUstream
 from cutlass import Float32, Int32
 
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
@@ -130,7 +131,8 @@ def build(kernel: Any, **options: Any) -> Any:
         case, out, torch.zeros(1, 1, 1), floats, floats.clone(), torch.zeros(2, dtype=torch.int64),
         Workspace(ints, floats.clone()),
     )  # fmt: skip
-    return compile_kernel(kernel, *tensors, scalars_of(case), Int32(1), **options)
+    last = (scalars_of(case), Int32(1), None, CUstream(0))
+    return compile_kernel(kernel, *tensors, *last, **options)
 
 
 _compiled: dict[tuple[type, Any], Any] = {}
@@ -183,7 +185,8 @@ def run(
         stats, workspace,
     )  # fmt: skip
     scalars = scalars_of(case, skip, num_splits)
-    report = emulate(compiled(kernel), *tensors, scalars, Int32(ctas), policy=policy)
+    launch = (*tensors, scalars, Int32(ctas), None, CUstream(0))
+    report = emulate(compiled(kernel), *launch, policy=policy)
     assert not workspace.counters.any(), "the launch left counters that are not zero"
     return Result(out, lse, stats, report)
 

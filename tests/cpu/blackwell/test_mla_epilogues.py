@@ -15,7 +15,8 @@ pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 harness = pytest.importorskip("mla_harness")
 stores = pytest.importorskip("store_harness")
 
-from cutlass import Int32  # noqa: E402  (needs CuTe DSL)
+from cuda.bindings.driver import CUstream  # noqa: E402  (needs CuTe DSL)
+from cutlass import Int32  # noqa: E402
 
 from cute_fmha.emulator.capture import compile_kernel, emulate  # noqa: E402
 from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
@@ -65,7 +66,7 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
     values = (*parameters, *(() if extra is None else (extra,)))
     arguments = (
         *tensors, harness.scalars_of(case, num_splits=num_splits), Int32(8),
-        tuple(map(stores.argument, values)) or None,
+        tuple(map(stores.argument, values)) or None, CUstream(0),
     )  # fmt: skip
     emulate(compile_kernel(kernel, *arguments), *arguments, policy=policy)
     assert not workspace.counters.any()

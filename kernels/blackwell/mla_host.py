@@ -1,0 +1,122 @@
+"""The MLA decode kernels as the host sees them; see `prefill_host` for what `launch` asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.epilogue import (
+    Leaving,
+    device_view,
+    op_arguments,
+    placeholders,
+)
+from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan
+from cute_fmha.kernels.blackwell.mla_plan import MlaPlans, can_implement, plan_of
+from cute_fmha.problem import Problem, Target
+from cute_fmha.tiling import ceil_div
+from cute_fmha.workspace import COUNTER_BYTES, workspace_of
+
+if TYPE_CHECKING:
+    from cute_fmha.ops import Call
+
+__all__ = [
+    "NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles",
+    "workspace_bytes",
+]  # fmt: skip
+
+NAME = "mla_decode"
+
+LOG2_E = math.log2(math.e)
+
+
+def skip_tiles(plan: MlaPlans) -> dict[str, Any]:
+    """The tiles whose skips are decided, as `cute_fmha.reference.tile_oracle` takes them."""
+    return {"tile_m": plan.rows, "tile_n": plan.tile_n, "pack_heads": True}
+
+
+def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
+    """(kernel, placeholders). Every extent and stride is dynamic but the head dims."""
+    from cutlass import Float32, Int32, Int64
+    from cutlass.cute.runtime import make_fake_stream
+
+    from cute_fmha.kernels.blackwell.build import placeholder
+    from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+    from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+    from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES
+    from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
+
+    features = plan.features
+    dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
+    split = plan.cut is not Cut.WHOLE
+    elements = Leaving(plan.op, plan.out_dtype, plan.head_dim_v).elements
+    arguments = (
+        placeholder(dtype, None, None, None, plan.head_dim, align=16),
+        placeholder(dtype, None, None, 1, plan.head_dim, align=16),
+        placeholder(Int32, None, None),
+        placeholder(Int32, None),
+        placeholder(out_dtype, None, None, None, elements, align=16),
+        placeholder(Float32, None, None, None) if features.lse else None,
+        placeholder(Float32, None) if features.sink else None,
+        placeholder(Float32, 1) if features.skip_tensor else None,
+        placeholder(Int64, 2) if features.count else None,
+        placeholder(Int32, None) if split else None,
+        placeholder(Float32, None, align=16) if split else None,
+        Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0), Int32(0)),
+        Int32(0),
+        placeholders(plan.op),
+        make_fake_stream(use_tvm_ffi_env_stream=True),
+    )
+    return (MlaDecode(plan) if isinstance(plan, MlaPlan) else MlaDecodeSmall(plan)), arguments
+
+
+def workspace_bytes(problem: Problem, target: Target) -> int:
+    """Bytes of workspace that a call of ``problem`` needs."""
+    plan = plan_of(problem)
+    if plan.cut is Cut.WHOLE:
+        return 0
+    slots = plan.slots
+    work_tiles = ceil_div(problem.seqlen_q * problem.heads_q, plan.rows) * problem.batch
+    workers = max(target.num_sms // slots.ranks, 1)
+    return COUNTER_BYTES + 4 * slots.floats(plan.cut, workers, work_tiles, problem.num_splits)
+
+
+def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[Any, ...]]:
+    """What turns a call of ``problem`` into arguments; as many CTAs as ``target`` has SMs.
+
+    The stream is not among them: TVM-FFI takes PyTorch's current one.
+    """
+    plan = plan_of(problem)
+    window = (problem.window_left, problem.window_right)
+    softcap, splits = problem.softcap, problem.num_splits
+    needed, ctas = workspace_bytes(problem, target), target.num_sms
+    even = isinstance(plan, MlaPlan) and problem.seqlen_q > 1
+
+    def arguments(call: Call) -> tuple[Any, ...]:
+        if call.k.shape[0] == 0:
+            raise NotImplementedError("the MLA decode kernels need a cache of at least one page")
+        if even and call.out.stride(1) != problem.heads_q * call.out.stride(2):
+            raise NotImplementedError(
+                "the MLA decode kernel stores positions and heads as rows at even distances; got "
+                f"out with strides {call.out.stride()}"
+            )
+        scale, cap_inner = call.scale, 0.0
+        if softcap:
+            scale, cap_inner = call.softcap, scale / call.softcap
+        counters = partial = None
+        if needed:
+            workspace = workspace_of(call.workspace, call.q.device, needed, splits)
+            counters = workspace[:COUNTER_BYTES].view(torch.int32)
+            partial = workspace[COUNTER_BYTES:].view(torch.float32)
+        scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value, splits)
+        return (
+            call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,
+            call.sink, call.skip_tensor, call.stats, counters, partial, scalars, ctas,
+            op_arguments(call),
+        )  # fmt: skip
+
+    return arguments

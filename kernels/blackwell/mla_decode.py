@@ -33,8 +33,11 @@ TMEM, in 32-bit columns, at 576/512 (`MlaPlan.tmem`)
     | O: 512 columns in two halves   | S       | Q: columns 0–383           |    pair
     0                                256       320                          512
 
-Shared memory: five halves of a latent tile (64 rows × 256 columns, 32 KiB each), two rope tiles,
-16 KiB of P, the rest of Q, chunks of the output.
+Shared memory: five halves of a latent tile (64 rows × 256 columns, 32 KiB each), two rope tiles
+(one in a pair), 16 KiB of P, the rest of Q, a chunk of the output.
+
+Work: pieces of work tiles (`worklist`); partial results of those that are cut are reduced in the
+same launch (`splitkv`), by the softmax and epilogue warps.
 
 Pipelines: `mla_decode_plan.topology`.
 

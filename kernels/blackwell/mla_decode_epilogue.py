@@ -37,7 +37,7 @@ def epilogue(
     """Reads: O, sTotal, sRowMax. Writes: the chunk buffers, LSE; of a part of a work tile its
     partial result.
     Waits: stats_full, o_full, chunk_empty. Signals: stats_empty, o_empty, chunk_full.
-    Registers: 152."""
+    Registers: 152, in a pair 104."""
     thread = cute.arch.thread_idx()[0] % 128
     tO = lane_address(tmem, thread) + plan.tmem["O"].start
     phase = Int32(0)
@@ -58,13 +58,15 @@ def epilogue(
         maximum_log2 = row_max * scalars.scale_log2
         if piece.exists != 0:
             if piece.whole != 0:
-                scale = outcome(work, piece, thread % ROWS, maximum_log2, total, thread < ROWS)
-                apply = store.apply(work.output_row(piece, thread % ROWS), mem.op)
+                # Or the addresses of a row's pieces would be made before the loop, and spilled.
+                lane = ptx.opaque(thread)
+                scale = outcome(work, piece, lane % ROWS, maximum_log2, total, lane < ROWS)
+                apply = store.apply(work.output_row(piece, lane % ROWS), mem.op)
                 for run in cutlass.range_constexpr(plan.runs):
                     first = run * plan.leaving.columns
-                    column = plan.value_column(first, thread // ROWS)
+                    column = plan.value_column(first, lane // ROWS)
                     chunk = store.produce(
-                        tO + first, shared.sO, thread, scale, empty, barriers, chunk, apply,
+                        tO + first, shared.sO, lane, scale, empty, barriers, chunk, apply,
                         lambda c, column=column: column + c * plan.leaving.chunk_columns,
                     )  # fmt: skip
             elif cutlass.const_expr(plan.cut is not Cut.WHOLE):

@@ -190,8 +190,8 @@ class MlaPlan:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role."""
-        counts = (192, 88, 80) if self.pair else (232, 152, 120)
-        swap = (Role("swap", (12, 13), 152), Role("aside", (14, 15), 152)) if self.pair else ()
+        counts = (192, 104, 72) if self.pair else (232, 152, 120)
+        swap = (Role("swap", (12, 13), 144), Role("aside", (14, 15), 144)) if self.pair else ()
         return (
             Role("softmax", (0, 1, 2, 3), counts[0]),
             Role("epilogue", (4, 5, 6, 7), counts[1]),

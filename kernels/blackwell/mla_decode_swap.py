@@ -31,7 +31,7 @@ STEP = 2 * 32 * 16
 @cute.jit
 def swap(plan: MlaPlan, work: Work, shared: Shared, barriers: Barriers):
     """Reads: a stage of sLatent. Writes: a stage of the other CTA's sLatent.
-    Waits: s_full, voted, given. Signals: given, swapped. Registers: 152."""
+    Waits: s_full, voted, given. Signals: given, swapped. Registers: 144."""
     own = shared.sLatent.iterator.toint() + cute.arch.thread_idx()[0] % 64 * 16
     other = ptx.map_shared(own, work.rank ^ 1)
     s, exchange, k = Cursor(2), Cursor(2), Cursor(plan.stages)

@@ -105,7 +105,10 @@ class FragmentKernel:
             start = chunk * self.leaving.chunk_columns
 
             def values(first: int, count: int, start: int = start) -> list[Float32]:
-                return [x[token, head, start + first + j] for j in range(count)]
+                return [
+                    cutlass.select_(live, x[token, head, start + first + j], Float32(7.0))
+                    for j in range(count)
+                ]
 
             cursor = self.store.hand_over(values, sO, thread, barriers, cursor, apply, start)
 

@@ -158,6 +158,22 @@ def test_rounding_edges_have_the_same_bits():
         assert same_bits(on_blackwell(NVFP4(), x), on_reference(NVFP4(), x))
 
 
+def test_nvfp4_divides_as_the_specification():
+    """Elements so near to where e2m1 rounds up that one unit in the last place of g / s tells."""
+    scales = E4M3[1:]
+    ties = torch.tensor([0.25, 0.75, 1.25, 3.5, 5.0])
+    for g in (0.7, 3.1, 1234.567, 2.0**-100, 1.9 * 2.0**99):
+        middle = ties / (torch.tensor(g) / scales)[:, None]
+        below, above = (
+            middle.nextafter(torch.tensor(0.0)),
+            middle.nextafter(torch.tensor(torch.inf)),
+        )
+        peak = (6 * scales / torch.tensor(g))[:, None]
+        x = fill_rows(torch.cat((peak, below, middle, above), 1).flatten(), 64)
+        op = NVFP4(torch.tensor([g]))
+        assert same_bits(on_blackwell(op, x), on_reference(op, x)), g
+
+
 @pytest.mark.parametrize(("leading", "global_scale", "packed", "scale"), SPECIAL_BLOCKS)
 def test_nvfp4_special_blocks(leading, global_scale, packed, scale):
     """Zeros, infinities, NaN, scales that over- and underflow: bytes and scale of the block."""

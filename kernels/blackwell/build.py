@@ -65,8 +65,9 @@ def key(kernel: str, arch: str, plan: object, *more: tuple[str, str]) -> Key:
     return Key(kernel, arch, parts)
 
 
-def placeholder(dtype: Any, *shape: int | None, align: int = 0) -> Any:
-    """A tensor to compile for: extents that are None and all strides but the last are dynamic.
+def placeholder(dtype: Any, *shape: int | None, align: int = 0, any_stride: bool = False) -> Any:
+    """A tensor to compile for: extents that are None and all strides but the last are dynamic, with
+    ``any_stride`` that, too.
 
     ``align`` bytes hold for its address and its rows; both are checked at every call, in C.
     """
@@ -77,7 +78,8 @@ def placeholder(dtype: Any, *shape: int | None, align: int = 0) -> Any:
     align = align or element
     extents = tuple(cute.sym_int() if extent is None else extent for extent in shape)
     strides = [cute.sym_int64(divisibility=align // element) for _ in shape[1:]]
-    return make_fake_tensor(dtype, extents, (*strides, 1), assumed_align=align)
+    last = cute.sym_int64() if any_stride else 1
+    return make_fake_tensor(dtype, extents, (*strides, last), assumed_align=align)
 
 
 def compile_binary(key: Key, kernel: Any, arguments: tuple[Any, ...]) -> Binary:

@@ -128,8 +128,9 @@ def placeholders(op: Op) -> tuple[Any, ...] | None:
 
 
 def device_view(x: torch.Tensor) -> torch.Tensor:
-    """``x`` as a kernel sees it: FP8 as bytes, one element without dimensions as a vector."""
-    if x.dtype == torch.float8_e4m3fn:
+    """``x`` as a kernel sees it: FP8 and bool as bytes, one element without dimensions as a
+    vector."""
+    if x.dtype in (torch.float8_e4m3fn, torch.bool):
         x = x.view(torch.uint8)
     return x.reshape(1) if x.dim() == 0 else x
 

@@ -16,11 +16,13 @@ def mask_row(
     first_key: Int32,
     lengths: tuple[Int32, Int32],
     window: tuple[Any, Any],
+    seen: list[Int32] | None = None,
 ) -> list[Float32]:
     """The ``scores`` of query ``row`` over keys ``first_key…``, −inf where it may not attend.
 
     ``lengths`` are those of the sequence in queries and keys. A side of ``window`` is a run-time
-    value, or the Python integer −1 where the kernel has none. Scores are selected, never computed
+    value, or the Python integer −1 where the kernel has none. ``seen`` has a bit for every key that
+    a block mask shows. Scores are selected, never computed
     with: what the MMA made of keys past the sequence may be NaN.
     """
     seqlen_q, seqlen_k = lengths
@@ -37,6 +39,8 @@ def mask_row(
         bits = ~ptx.shift_left(-1 & 0xFFFFFFFF, cutlass.max(end - word, 0))
         if begin is not None:
             bits = bits & ptx.shift_left(-1 & 0xFFFFFFFF, cutlass.max(begin - word, 0))
+        if seen is not None:
+            bits = bits & seen[word // 32]
         result += [
             cutlass.select_((bits & Int32(1 << j if j < 31 else -(1 << 31))) != 0, score, masked)
             for j, score in enumerate(scores[word : word + 32])

@@ -23,6 +23,9 @@ OTHER_BYTES = 1024
 WORK_STAGES = 2
 """Records of work tiles: of the one in work, and of the next, which load and MMA begin before."""
 
+MASK_TILES = 8192
+"""KV tiles of a sequence with a block mask: 8 KiB of bits, a million keys in tiles of 128."""
+
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 """(D, Dv) that the prefill kernel has plans for."""
 
@@ -60,6 +63,7 @@ class Features:
     count: bool = False
     packed: bool = False
     used: bool = False
+    block_mask: tuple[int, int] | None = None  # query rows and keys of a block
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,12 @@ class Plan:
         return self.o_stages * self.tile_m * self.leaving.chunk_bytes
 
     @property
+    def mask_words(self) -> int:
+        """Words of the bits that a block mask has in shared memory; see `blockmask`."""
+        per_record = 2 * self.q_tiles * MASK_TILES // 32
+        return 0 if self.features.block_mask is None else per_record * WORK_STAGES
+
+    @property
     def shared_parts(self) -> dict[str, int]:
         """Bytes of shared memory by use."""
         element = self.dtype.itemsize
@@ -155,6 +165,7 @@ class Plan:
             "K": self.k_stages * self.tile_n * self.head_dim * element,
             "V": self.v_stages * self.tile_n * self.head_dim_v * element,
             "O": 0 if self.o_over_v else self.o_bytes,
+            "mask": self.mask_words * 4,
             "statistics": self.q_tiles * self.tile_m * 2 * 4,
             "other": OTHER_BYTES,
         }
@@ -176,16 +187,19 @@ def make_plan(
     keys. Two Q tiles by 128 keys keep the special-function unit busy for 2048 cycles, the tensor
     core for 8 a column of K and of V: at 128 as many exponentials go by polynomial as leave the
     former well below the latter, at 64 and 96 as many as instructions allow.
+    The bits of a block mask take the place of a chunk buffer; at (192, 128) they make tiles of 64
+    keys, whose output has buffers of its own.
     """
-    if head_dim == 192:
+    if head_dim == 192 and features.block_mask is None:
         return Plan(
             head_dim, head_dim_v, dtype, out_dtype, features, v_stages=1, o_over_v=True,
             op=op or Op(),
         )  # fmt: skip
-    wide = head_dim_v > 128
+    wide = head_dim > 128
     plan = Plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
-        q_tiles=1 if wide else 2, by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
+        q_tiles=1 if head_dim_v > 128 else 2, o_stages=1 if features.block_mask else 2,
+        by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
         op=op or Op(),
     )  # fmt: skip
     while plan.k_stages < 4:
@@ -238,8 +252,11 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     no_keys = problem.seqlen_k == 0 and not problem.packed_q
     if problem.seqlen_q == 0 or no_keys or problem.batch == 0:
         return "the prefill kernel needs at least one sequence, query and key"
-    if problem.block_mask is not None:
-        return "the prefill kernel has no block mask"
+    most = MASK_TILES * (64 if problem.head_dim > 128 else 128)
+    if problem.block_mask is not None and problem.seqlen_k > most:
+        return (
+            f"the prefill kernel takes up to {most} keys with a block mask; got {problem.seqlen_k}"
+        )
     if problem.num_splits > 1:
         return f"the prefill kernel does not split the keys; got num_splits={problem.num_splits}"
     return unsuited(problem)

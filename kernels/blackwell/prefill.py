@@ -66,7 +66,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.pipelines import Barriers, prefill_topology
-from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
+from cute_fmha.kernels.blackwell.plan import MASK_TILES, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
 from cute_fmha.kernels.blackwell.prefill_mma import mma
@@ -109,6 +109,7 @@ class Prefill:
         mSkip: cute.Tensor,
         mStats: cute.Tensor,
         op: tuple | None,
+        mMask: cute.Tensor,
         lengths: Lengths,
         scalars: Scalars,
         stream: CUstream,
@@ -176,6 +177,7 @@ class Prefill:
             mStats,
             op,
             *lengths[:3],
+            mMask,
         )
         self.kernel(mmas, mem, layouts, scalars).launch(
             grid=(works, 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1, stream=stream,
@@ -236,6 +238,7 @@ class Prefill:
             sMax: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
             sVotes: cute.struct.Align[cute.struct.MemRange[Int8, 4 * 2 * plan.q_tiles], 4]
             sWork: cute.struct.MemRange[Int32, words * WORK_STAGES]
+            sMask: cute.struct.MemRange[Int32, max(plan.mask_words, 1)]
             sClaim: cute.struct.Align[cute.struct.MemRange[Int32, 4], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
@@ -257,6 +260,9 @@ class Prefill:
             sVotes=votes,
             sKeep=cute.recast_tensor(votes, Int32)[0, None, None],
             sWork=storage.sWork.get_tensor(cute.make_layout((words, WORK_STAGES))),
+            sMask=storage.sMask.get_tensor(
+                cute.make_layout((2 * plan.q_tiles, MASK_TILES // 32, WORK_STAGES))
+            ),
             sClaim=storage.sClaim.get_tensor(cute.make_layout(4)),
         )
         mma_warp, load_warp, values_warp, epilogue_warp = (

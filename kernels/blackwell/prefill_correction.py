@@ -50,7 +50,7 @@ def correction(
         n = first
         while n < end:
             for t in cutlass.range_constexpr(plan.q_tiles):
-                told = q_tiles[t].has(n)
+                told = work.has(tile, q_tiles, t, n)
                 if cutlass.const_expr(plan.features.skip):
                     if told:
                         told = decision(shared, barriers, t, decisions[t])
@@ -69,7 +69,7 @@ def correction(
                         rescale(plan, tO, fade)
                     fresh[t] = Boolean(False)
                     barriers.arrive_tmem("p_ready", t)
-            n = tile.after(n)
+            n = work.after(tile, n, end)
         if cutlass.const_expr(plan.o_over_v):
             # Chunks lie where V was: all products are to be complete before the first is written.
             for t in cutlass.range_constexpr(plan.q_tiles):

@@ -40,6 +40,7 @@ def plan_of(problem: Problem) -> Plan:
         count=problem.stats,
         packed=problem.packed_q,
         used=problem.seqused,
+        block_mask=problem.block_mask,
     )
     plan = make_plan(
         problem.head_dim,
@@ -59,7 +60,7 @@ def skip_tiles(plan: Plan) -> dict[str, Any]:
 
 def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
     """(kernel, placeholders). Every extent and stride is dynamic but the head dims."""
-    from cutlass import Float32, Int32, Int64
+    from cutlass import Float32, Int32, Int64, Uint8
     from cutlass.cute.runtime import make_fake_stream
 
     from cute_fmha.kernels.blackwell.build import placeholder
@@ -81,6 +82,7 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
         placeholder(Float32, 1) if features.skip_tensor else None,
         placeholder(Int64, 2) if features.count else None,
         placeholders(plan.op),
+        placeholder(Uint8, *[None] * 4, any_stride=True) if features.block_mask else None,
         Lengths(starts, starts, used, Int32(0)),
         Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -104,6 +106,7 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
         return (
             call.q, call.k, call.v, device_view(call.out), call.lse, call.sink, call.skip_tensor,
             call.stats, op_arguments(call),
+            None if call.block_mask is None else device_view(call.block_mask),
             (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, problem.seqlen_q), scalars,
         )  # fmt: skip
 

@@ -66,10 +66,10 @@ def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barrie
                 row_tile = tile.block * plan.q_tiles + t
                 cute.copy(mem.tma_q, tQgQ[None, row_tile], tQsQ[None, t], tma_bar_ptr=bar)
             q_phase = q_phase ^ 1
-            n = tile.after(first)
+            n = work.after(tile, first, end)
             while n < end:
                 k = fetch("k", mem.tma_k, tKgK, n, tKsK, k_bytes, k, barriers)
-                n = tile.after(n)
+                n = work.after(tile, n, end)
         tile = work.next(tile, barriers)
 
 
@@ -105,7 +105,7 @@ def load_values(
                 # The first Q tile that keeps it fetches it, whatever a later one decides.
                 fetched = Boolean(False)
                 for t in cutlass.range_constexpr(plan.q_tiles):
-                    if q_tiles[t].has(n):
+                    if work.has(tile, q_tiles, t, n):
                         keep = decision(shared, barriers, t, decisions[t])
                         barriers.arrive("decision_read", t)
                         decisions[t] = decisions[t] ^ 1
@@ -114,7 +114,7 @@ def load_values(
                             fetched = Boolean(True)
             else:
                 v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
-            n = tile.after(n)
+            n = work.after(tile, n, end)
         tile = work.next(tile, barriers)
     # The release of the last V is the last signal of the tensor core: stay until it is in.
     for _stage in cutlass.range_constexpr(plan.v_stages):

@@ -60,7 +60,7 @@ def mma(
             while n < end:
                 v_used = Boolean(False)
                 for t in cutlass.range_constexpr(plan.q_tiles):
-                    if q_tiles[t].has(n):
+                    if work.has(tile, q_tiles, t, n):
                         keep = Boolean(True)
                         if cutlass.const_expr(plan.features.skip):
                             keep = decision(shared, barriers, t, decisions[t])
@@ -91,7 +91,7 @@ def mma(
                     if cutlass.const_expr(t == 0):  # noqa: SIM102  (compile and run time)
                         if coming < end:
                             barriers.wait("k_full", k.phase, k.index)
-                    if q_tiles[t].has(coming):
+                    if work.has(tile, q_tiles, t, coming):
                         multiply_shared(
                             tS[t], q, q.tile(t), k_tiles, k_tiles.tile(k.index), qk_kind
                         )
@@ -103,5 +103,5 @@ def mma(
                     for t in cutlass.range_constexpr(plan.q_tiles):
                         barriers.commit("q_empty", t)
                 n = coming
-                coming = tile.after(coming)
+                coming = work.after(tile, coming, end)
         tile = work.next(tile, barriers)

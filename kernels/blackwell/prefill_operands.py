@@ -49,6 +49,7 @@ class Global(NamedTuple):
     mStartQ: Any  # (BATCH + 1,): where packed sequences begin, and the last one ends
     mStartK: Any
     mUsed: Any  # (BATCH,): keys in use; None where a call has no such tensor
+    mMask: Any  # (BATCH or 1, HEAD or 1, BLOCK_M, BLOCK_N): block mask
 
 
 class Layouts(NamedTuple):
@@ -92,3 +93,4 @@ class Shared(NamedTuple):
     sKeep: Any  # (2, TILE): the same bytes as one word, 0 if nobody keeps it
     sWork: Any  # (WORD, STAGE): records of work tiles
     sClaim: Any  # (4,): answer of cluster launch control
+    sMask: Any  # (VISIBLE and MIXED of each TILE, WORD, STAGE): bits of a block mask

@@ -31,6 +31,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_fmha import tiling
+from cute_fmha.kernels.blackwell.blockmask import TileBits
 from cute_fmha.kernels.blackwell.device import device_function
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
 from cute_fmha.kernels.blackwell.plan import Plan
@@ -269,7 +270,7 @@ class Schedule(Fixed):
                         place = self.find_dense(index)
             lane = cute.arch.lane_idx()
             if left != 0:
-                self.write(place, shared.sWork, turn.slot)
+                self.write(place, shared.sWork, shared.sMask, turn.slot)
             elif lane < HEADER:
                 shared.sWork[lane, turn.slot] = Int32(-1)
             barriers.arrive("work_full", turn.slot)
@@ -282,7 +283,7 @@ class Schedule(Fixed):
     # ------------------------------------------------------------------ what a work tile needs
 
     @cute.jit
-    def write(self, place: Place, sWork: cute.Tensor, slot: Int32):
+    def write(self, place: Place, sWork: cute.Tensor, sMask: Any, slot: Int32):
         """The record of a work tile, for all roles."""
         plan, lane = self.plan, cute.arch.lane_idx()
         sequence = self.sequence(place.batch)
@@ -290,10 +291,26 @@ class Schedule(Fixed):
             header = (place.block, place.head, place.head_kv, place.batch, *sequence)
             for word in cutlass.range_constexpr(HEADER):
                 sWork[word, slot] = header[word]
-        if lane < plan.q_tiles:
-            begin, full_begin, full_end, end = self.keys(place.block, lane, sequence)
-            for word, value in enumerate((begin, full_begin, full_end, end)):
-                sWork[HEADER + RANGE * lane + word, slot] = value
+        if cutlass.const_expr(plan.features.block_mask is not None):
+            # The words of any Q tile are words of all.
+            tiles = [self.keys(place.block, t, sequence) for t in range(plan.q_tiles)]
+            words = Int32(TOP), Int32(0)
+            for begin, _, _, end in tiles:
+                first = cutlass.select_(begin < end, begin // 32, Int32(TOP))
+                words = cutlass.min(words[0], first), cutlass.max(words[1], (end + 31) // 32)
+            bits = TileBits(plan, self.mem.mMask, sMask)
+            lengths = sequence.seqlen_q, sequence.seqlen_k
+            for t in cutlass.range_constexpr(plan.q_tiles):
+                begin, full_begin, full_end, end = tiles[t]
+                begin, end = bits.write(place, t, lengths, (begin, end), words, slot)
+                if lane == 0:
+                    self.write_range((begin, full_begin, full_end, end), sWork, t, slot)
+        elif lane < plan.q_tiles:
+            self.write_range(self.keys(place.block, lane, sequence), sWork, lane, slot)
+
+    def write_range(self, values: Any, sWork: cute.Tensor, t: Any, slot: Int32) -> None:
+        for word, value in enumerate(values):
+            sWork[HEADER + RANGE * t + word, slot] = value
 
     @cute.jit
     def keys(self, block: Int32, t: Int32, sequence: Sequence):

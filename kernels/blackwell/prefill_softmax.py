@@ -102,22 +102,35 @@ def softmax(
         group = Group(work, shared, scalars._replace(skip=threshold), tmem, barriers, t, thread)
         state = RowState(Float32(EMPTY), Float32(0.0), needed)
         n = keys.begin
-        if cutlass.const_expr(plan.features.window_left):
-            while n < keys.full_begin:
+        if cutlass.const_expr(plan.features.block_mask is not None):
+            while n < keys.end:
+                full = (keys.full_begin <= n) & (n < keys.full_end)
+                if full & (not work.is_mixed(tile, t, n)):
+                    state, phases, counts = softmax_step(
+                        group, tile, row, n, n > keys.begin, state, phases, counts, False
+                    )
+                else:
+                    state, phases, counts = softmax_step(
+                        group, tile, row, n, n > keys.begin, state, phases, counts, True
+                    )
+                n = work.after(tile, n, keys.end, t)
+        else:
+            if cutlass.const_expr(plan.features.window_left):
+                while n < keys.full_begin:
+                    state, phases, counts = softmax_step(
+                        group, tile, row, n, n > keys.begin, state, phases, counts, True
+                    )
+                    n = work.after(tile, n, keys.end)
+            while n < keys.full_end:
+                state, phases, counts = softmax_step(
+                    group, tile, row, n, n > keys.begin, state, phases, counts, False
+                )
+                n = work.after(tile, n, keys.end)
+            while n < keys.end:
                 state, phases, counts = softmax_step(
                     group, tile, row, n, n > keys.begin, state, phases, counts, True
                 )
-                n = tile.after(n)
-        while n < keys.full_end:
-            state, phases, counts = softmax_step(
-                group, tile, row, n, n > keys.begin, state, phases, counts, False
-            )
-            n = tile.after(n)
-        while n < keys.end:
-            state, phases, counts = softmax_step(
-                group, tile, row, n, n > keys.begin, state, phases, counts, True
-            )
-            n = tile.after(n)
+                n = work.after(tile, n, keys.end)
         if keys.any:
             barriers.wait("scale_empty", phases.scale ^ 1, t)
             phases = phases.after_scale()
@@ -147,6 +160,9 @@ def softmax_step(
     tS = tmem_row(tmem, thread) + s0 + t * plan.tile_n
     tP = tS + (plan.tmem["P0"].start - s0)
     width = 32
+    seen = None
+    if cutlass.const_expr(masked and plan.features.block_mask is not None):
+        seen = work.seen_keys(tile, row, n)
     if cutlass.const_expr(plan.features.skip):
         barriers.wait("decision_read", phases.s ^ 1, t)
     barriers.wait_tmem("s_full", phases.s, t)
@@ -157,9 +173,9 @@ def softmax_step(
     if cutlass.const_expr(plan.features.softcap):
         scores = capped(scores, scalars.cap_inner)
     if cutlass.const_expr(masked):
-        lengths = tile.seqlen_q, tile.seqlen_k
+        lengths = work.lengths(tile)
         position = work.position(row)
-        scores = mask_row(scores, position, n * plan.tile_n, lengths, work.window())
+        scores = mask_row(scores, position, n * plan.tile_n, lengths, work.window(), seen)
     if cutlass.const_expr(plan.features.skip):
         tile_max = row_maximum(scores, Float32(-Float32.inf))
         ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives

@@ -8,8 +8,8 @@ so that they agree on every work tile and every KV tile:
         first, end, q_tiles = work.keys(tile)      # KV tiles of the work tile, and of each Q tile
         n = first
         while n < end:
-            if q_tiles[t].has(n): …                # Q tile t needs KV tile n
-            n = tile.after(n)
+            if work.has(tile, q_tiles, t, n): …    # Q tile t needs KV tile n
+            n = work.after(tile, n, end)
         tile = work.next(tile, barriers)           # the record is given back
 
 Rows are those of the Q tiles. With packed heads (`Plan.pack`) a row is one of a position's heads,
@@ -27,13 +27,14 @@ from cutlass import Boolean, Int32
 
 from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.blockmask import MIXED, VISIBLE, TileBits
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
 from cute_fmha.kernels.blackwell.ragged import cut
 
-HEADER, RANGE = 8, 4
-"""Words of a record: those of `WorkTile`, then those of `KeyTiles` for every Q tile."""
+HEADER, SEQLENS, RANGE = 8, 6, 4
+"""Words of a record: those of `WorkTile`, lengths last; those of `KeyTiles` for every Q tile."""
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,16 @@ class WorkTile(Carried):
     def exists(self) -> Boolean:
         return self.block >= 0
 
-    def after(self, n: Int32) -> Int32:
-        """The KV tile that comes after ``n``; hidden from the compiler, which would unroll every
-        loop over KV tiles whose length it can compute."""
-        return ptx.opaque(n + 1)
-
 
 @dataclass(frozen=True)
 class KeyTiles(Carried):
     """The KV tiles of one Q tile: ``begin … end − 1``, of which those from ``full_begin`` to
-    ``full_end − 1`` need no mask. All 0 when there are none."""
+    ``full_end − 1`` need no mask, but that of a block mask. All 0 when there are none."""
 
     begin: Int32
     full_begin: Int32
     full_end: Int32
     end: Int32
-
-    def has(self, n: Int32) -> Boolean:
-        return (self.begin <= n) & (n < self.end)
 
     @property
     def any(self) -> Boolean:
@@ -96,6 +89,7 @@ class Work(Fixed):
         self.mem = mem
         self.scalars = scalars
         self.sWork = shared.sWork
+        self.bits = TileBits(plan, mem.mMask, shared.sMask)
 
     # ------------------------------------------------------------------ work tiles
 
@@ -115,7 +109,7 @@ class Work(Fixed):
     def _record(self, slot: Int32, phase: Int32, barriers: Barriers) -> WorkTile:
         barriers.wait("work_full", phase, slot)
         header = (cute.arch.make_warp_uniform(self.sWork[word, slot]) for word in range(HEADER))
-        return WorkTile(*header, slot, phase)
+        return WorkTile(*(*header, slot, phase))
 
     def first_row(self, tile: WorkTile, t: Any) -> Int32:
         """The first row of Q tile ``t`` in its sequence."""
@@ -124,6 +118,11 @@ class Work(Fixed):
     def rows(self, tile: WorkTile) -> Int32:
         """All rows of the sequence."""
         return tile.seqlen_q * self.plan.pack
+
+    def lengths(self, tile: WorkTile) -> tuple[Int32, Int32]:
+        """Queries and keys of the sequence, read again: where few KV tiles ask for them no register
+        has to keep them."""
+        return self.sWork[SEQLENS, tile.slot], self.sWork[SEQLENS + 1, tile.slot]
 
     def position(self, row: Int32) -> Int32:
         """The query position of ``row`` in its sequence."""
@@ -157,6 +156,34 @@ class Work(Fixed):
         return KeyTiles(*(cute.arch.make_warp_uniform(word) for word in words))
 
     @cute.jit
+    def has(self, tile: WorkTile, keys: Any, t: Any, n: Int32):
+        """Whether Q tile ``t`` needs KV tile ``n``; ``keys`` are those of all Q tiles."""
+        inside = (keys[t].begin <= n) & (n < keys[t].end)
+        if cutlass.const_expr(self.plan.features.block_mask is not None):  # noqa: SIM102
+            if inside:
+                inside = self.bits.bit(VISIBLE, t, n, tile.slot) != 0
+        return inside
+
+    def after(self, tile: WorkTile, n: Int32, end: Int32, t: Any = None) -> Int32:
+        """The KV tile before ``end`` that comes after ``n``, for Q tile ``t`` or any; without a
+        block mask hidden from the compiler, which would unroll what loops it can."""
+        if self.plan.features.block_mask is None:
+            return ptx.opaque(n + 1)
+        return self.bits.after(n, end, t, tile.slot)
+
+    def is_mixed(self, tile: WorkTile, t: Any, n: Int32) -> Boolean:
+        """Whether the block mask hides keys of KV tile ``n`` from rows of Q tile ``t``."""
+        return self.bits.bit(MIXED, t, n, tile.slot) != 0
+
+    def seen_keys(self, tile: WorkTile, row: Int32, n: Int32) -> list[Int32]:
+        """The keys of KV tile ``n`` that the block mask shows ``row``, 32 to a word."""
+        seqlen_q, seqlen_k = self.lengths(tile)
+        # Rows past the sequence have no block of their own.
+        position = cutlass.min(self.position(row), seqlen_q - 1)
+        head = self.head_of(tile, row)
+        return self.bits.row_words(tile.batch, head, position, n, seqlen_k)
+
+    @cute.jit
     def keys(self, tile: WorkTile):
         """(first, end) of the KV tiles that any Q tile needs, and [those of every Q tile]."""
         tiles = []
@@ -164,8 +191,11 @@ class Work(Fixed):
             tiles.append(self.keys_of(tile, t))
         first, end = tiles[0].begin, tiles[0].end
         if cutlass.const_expr(self.plan.q_tiles == 2):
-            # A later tile begins and ends no earlier, unless one of them is empty.
+            # Without a block mask a later tile begins no earlier, unless one of them is empty.
             first = tiles[1].begin if not tiles[0].any else tiles[0].begin
+            if cutlass.const_expr(self.plan.features.block_mask is not None):  # noqa: SIM102
+                if tiles[1].any:
+                    first = cutlass.min(first, tiles[1].begin)
             end = cutlass.max(tiles[0].end, tiles[1].end)
         return first, end, tiles
 

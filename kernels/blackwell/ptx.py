@@ -169,6 +169,16 @@ def shift_left(value: int, amount: Int32, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def leading_zeros(x: Int32, *, loc=None, ip=None) -> Int32:
+    """clz.b32."""
+    result = _asm(
+        "clz.b32 $0, $1;", [T.i32()], [Int32(x).ir_value(loc=loc, ip=ip)], "=r,r",
+        effects=False, loc=loc, ip=ip,
+    )  # fmt: skip
+    return Int32(result)
+
+
+@dsl_user_op
 def bits_of(x: Float32, *, loc=None, ip=None) -> Int32:
     """The bits of a float, as an integer; no instruction."""
     return Int32(llvm.bitcast(T.i32(), Float32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
@@ -178,6 +188,16 @@ def bits_of(x: Float32, *, loc=None, ip=None) -> Int32:
 def float_of(x: Int32, *, loc=None, ip=None) -> Float32:
     """The float of these bits; no instruction."""
     return Float32(llvm.bitcast(T.f32(), Int32(x).ir_value(loc=loc, ip=ip), loc=loc, ip=ip))
+
+
+@dsl_user_op
+def bit_mask(begin: Int32, count: Int32, *, loc=None, ip=None) -> Int32:
+    """bmsk.clamp.b32: ``count`` bits from ``begin`` on, both >= 0; those past 31 are left out."""
+    operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (begin, count)]
+    result = _asm(
+        "bmsk.clamp.b32 $0, $1, $2;", [T.i32()], operands, "=r,r,r", effects=False, loc=loc, ip=ip
+    )
+    return Int32(result)
 
 
 @dsl_user_op

@@ -40,7 +40,7 @@ def build(plan: Plan, arch: str = "sm_100a") -> Binary:
 def problem_of(case: AttentionCase, out_dtype: torch.dtype, features: Any = None) -> Problem:
     left, right = window_of(case)
     *_, heads_q, head_dim = case.q.shape
-    starts = case.common.get("cu_seqlens_q")
+    starts, mask = case.common.get("cu_seqlens_q"), case.common.get("block_mask")
     layout: Literal["dense", "packed"] = "dense" if starts is None else "packed"
     batch, seqlen_q, seqlen_k = case.q.shape[0], case.q.shape[1], case.k.shape[1]
     if starts is not None:
@@ -50,7 +50,8 @@ def problem_of(case: AttentionCase, out_dtype: torch.dtype, features: Any = None
     return Problem(
         "attention", layout, starts is not None, case.q.dtype, out_dtype, batch, seqlen_q,
         seqlen_k, heads_q, case.k.shape[-2], head_dim, case.v.shape[-1], window_left=left,
-        window_right=right, seqused=case.common.get("seqused_k") is not None,
+        window_right=right, block_mask=None if mask is None else (mask.block_m, mask.block_n),
+        seqused=case.common.get("seqused_k") is not None,
         softcap=case.common.get("softcap", 0.0) > 0, sink=case.common.get("sink") is not None,
         stats=present.pop("count", False), lse=present.pop("lse", True), **present,
     )  # fmt: skip
@@ -70,6 +71,7 @@ def capture(
     problem = problem_of(case, out.dtype, features)
     plan = replace(prefill_host.plan_of(problem), **changes)
     device, host = (skip, math.nan) if isinstance(skip, torch.Tensor) else (None, skip)
+    mask = case.common.get("block_mask")
     names = ("cu_seqlens_q", "cu_seqlens_k", "seqused_k", "sink")
     call = Call(
         problem=problem,
@@ -84,7 +86,7 @@ def capture(
         extra=None,
         **{name: case.common.get(name) for name in names},
         block_table=None,
-        block_mask=None,
+        block_mask=None if mask is None else mask.mask,
         skip_tensor=device,
         scale=case.common.get("scale") or 1 / math.sqrt(q.shape[-1]),
         softcap=case.common.get("softcap", 0.0),
@@ -93,7 +95,7 @@ def capture(
         epilogue=Identity,
         parameters=(),
     )
-    arguments = prefill_host.call_arguments(problem)
+    arguments = prefill_host.call_arguments(problem, backend.target(Device()))
     return out, lse, backend.capture(call, build(plan), arguments, Device())
 
 

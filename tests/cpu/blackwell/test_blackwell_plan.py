@@ -88,6 +88,7 @@ def test_what_can_be_implemented():
     assert can_implement(problem(), B200) is None
     assert can_implement(problem(layout="packed", packed_q=True, seqlen_k=0), B200) is None
     assert can_implement(problem(seqused=True), B200) is None
+    assert can_implement(problem(block_mask=(7, 300)), B200) is None
     assert can_implement(problem(epilogue="nvfp4", out_dtype=torch.uint8), B200) is None
     assert can_implement(problem(head_dim=192, window_right=0, skip=True, sink=True), B200) is None
     refused: dict[str, dict[str, Any]] = {
@@ -95,7 +96,7 @@ def test_what_can_be_implemented():
         "got torch.float32": {"dtype": torch.float32},
         r"got \(64, 128\)": {"head_dim": 64},
         "at least one": {"seqlen_k": 0},
-        "block mask": {"block_mask": (128, 128)},
+        "up to 1048576 keys with a block mask": {"block_mask": (9, 9), "seqlen_k": 1 << 20 | 1},
         "num_splits=2": {"num_splits": 2},
         "read and write no torch.int8": {"parameters": (Kind(torch.int8, 1, False),)},
     }

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ harness = pytest.importorskip("prefill_harness")
 triton = pytest.importorskip("triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-WINDOW = {"window_left": True, "window_right": True}
+WINDOW: dict[str, Any] = {"window_left": True, "window_right": True}
 EVERYTHING = Features(
     **WINDOW, sink=True, softcap=True, skip=True, skip_tensor=True, skip_relative=True, count=True
 )
@@ -34,10 +36,10 @@ def tool(name: str, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def check(dims, dtype, out_dtype, features, arch, folder):
+def check(dims, dtype, out_dtype, features, arch, folder, pack=1):
     """No stack, the tensor core's instructions in the number that the plan implies, and masks
     whose bits reach predicates seven at a time."""
-    plan = make_plan(*dims, dtype, out_dtype, features)
+    plan = replace(make_plan(*dims, dtype, out_dtype, features), pack=pack)
     path = folder / "kernel.cubin"
     path.write_bytes(harness.build(plan, arch).cubin)
     usage = tool("cuobjdump", "-res-usage", str(path))
@@ -49,7 +51,7 @@ def check(dims, dtype, out_dtype, features, arch, folder):
         assert instruction in code, instruction
     assert not re.search(r"\b(STL|LDL)\b", code)
     # The end of the sequence is a boundary, too; four moves make 28 predicates of a word's 32.
-    loops = 2 if features.window_left else 1
+    loops = 2 if features.window_left and not features.block_mask else 1
     assert len(re.findall(r"\bR2P\b", code)) >= loops * plan.tile_n // 32 * 4
 
 
@@ -67,6 +69,41 @@ def check(dims, dtype, out_dtype, features, arch, folder):
 )
 def test_machine_code(dims, features, arch, tmp_path):
     check(dims, BF16, BF16, features, arch, tmp_path)
+
+
+PACKED_BLOCKS = Features(
+    **WINDOW,
+    packed=True,
+    used=True,
+    block_mask=(100, 48),
+    skip=True,
+    skip_relative=True,
+    count=True,
+)
+
+
+@no_disassembler
+def test_machine_code_of_packed_sequences(tmp_path):
+    check((128, 128), BF16, BF16, PACKED_BLOCKS, "sm_100a", tmp_path)
+
+
+@no_disassembler
+@pytest.mark.sweep
+@pytest.mark.parametrize("dims", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("features", "pack"),
+    [
+        (Features(window_right=True), 8),
+        (Features(**WINDOW, packed=True, used=True, sink=True), 1),
+        (Features(window_right=True, packed=True), 4),
+        (Features(window_right=True, block_mask=(64, 64)), 1),
+        (PACKED_BLOCKS, 1),
+        (PACKED_BLOCKS, 8),
+    ],
+    ids=["8", "packed", "packed-4", "blocks", "packed-blocks", "packed-blocks-8"],
+)
+def test_machine_code_of_sequences_and_groups(dims, features, pack, tmp_path):
+    check(dims, BF16, BF16, features, "sm_100a", tmp_path, pack)
 
 
 @no_disassembler

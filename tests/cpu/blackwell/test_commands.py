@@ -171,8 +171,8 @@ def test_emulate_fails_on_wrong_numbers(capsys, monkeypatch):
     host = launch.KERNELS[0]
     right = host.call_arguments
 
-    def wrong(problem):
-        arguments = right(problem)
+    def wrong(problem, target):
+        arguments = right(problem, target)
 
         def of(call):
             *tensors, scalars = arguments(call)

@@ -11,15 +11,15 @@ from typing import Any, cast
 import pytest
 import torch
 from fragments import same_bits
+from op_calls import op_call
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import cute_fmha
-from cute_fmha import SkipSoftmax, SkipStats, ops, repeat, skip_softmax
+from cute_fmha import SkipSoftmax, SkipStats, ops, skip_softmax
 from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Identity, Scale
 from cute_fmha.epilogues.base import Extra
 from cute_fmha.testing import (
     AttentionCase,
-    Case,
     Heads,
     MlaCase,
     Options,
@@ -45,18 +45,6 @@ CASES = {
 cases = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 
 
-def recorded_arguments(case: Case, monkeypatch: pytest.MonkeyPatch, **call: Any) -> tuple[Any, ...]:
-    """(op, its positional arguments) as the public call passes them."""
-    name = "mla_decode" if isinstance(case, MlaCase) else "attention"
-    seen: list[tuple[Any, ...]] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(repeat, "is_eager", lambda: False)
-        patch.setattr(torch.ops.cute_fmha, name, lambda *arguments: seen.append(arguments))
-        case.run(backend="reference", **call)
-    (arguments,) = seen
-    return getattr(torch.ops.cute_fmha, name).default, arguments
-
-
 @pytest.mark.parametrize("wanted", [{}, {"return_lse": True}])
 def test_max_logits(wanted, monkeypatch):
     case = mla_case(2, [5, 0, 17], 16, 3)
@@ -78,13 +66,7 @@ def test_max_logits(wanted, monkeypatch):
     assert len(expected) == 2 + len(wanted)
     for got, want in zip(compiled(call)(*arguments), expected, strict=True):
         assert torch.equal(got, want)
-    seen: list[tuple[Any, ...]] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(repeat, "is_eager", lambda: False)
-        patch.setattr(torch.ops.cute_fmha, "mla_decode", lambda *a: seen.append(a))
-        call(*arguments)
-    (given,) = seen
-    torch.library.opcheck(torch.ops.cute_fmha.mla_decode.default, given)
+    torch.library.opcheck(*op_call(lambda: call(*arguments), monkeypatch))
 
 
 @cases
@@ -94,8 +76,8 @@ def test_opcheck(make, counting, monkeypatch):
     call = {}
     if counting:
         call = {"stats": SkipStats("cpu"), "skip": SkipSoftmax(torch.tensor([0.1]))}
-    op, arguments = recorded_arguments(make(), monkeypatch, **call)
-    torch.library.opcheck(op, arguments)
+    case = make()
+    torch.library.opcheck(*op_call(lambda: case.run(backend="reference", **call), monkeypatch))
 
 
 EPILOGUES: dict[str, Callable[[], EpilogueOp]] = {
@@ -132,7 +114,8 @@ class Peaks(EpilogueOp):
 @pytest.mark.parametrize("make", [CASES["packed"], CASES["mla"]], ids=["packed", "mla"])
 def test_opcheck_with_an_epilogue(make, epilogue, monkeypatch):
     """PyTorch 2.13 cannot compare FP8 tensors, which some of its checks do."""
-    op, arguments = recorded_arguments(make(), monkeypatch, epilogue=epilogue())
+    case, op_object = make(), epilogue()
+    op, arguments = op_call(lambda: case.run(backend="reference", epilogue=op_object), monkeypatch)
     checks = ["test_autograd_registration", "test_faketensor"]
     if not any(getattr(a, "dtype", None) == torch.float8_e4m3fn for a in arguments):
         checks += ["test_schema", "test_aot_dispatch_dynamic"]
@@ -155,7 +138,8 @@ def compiled(function, backend: Any = "aot_eager", **options: Any):
 
 def test_op_is_called_with_what_it_declares(monkeypatch):
     for make in CASES.values():
-        op, arguments = recorded_arguments(cast(Any, make()), monkeypatch)
+        case = cast(Any, make())
+        op, arguments = op_call(lambda case=case: case.run(backend="reference"), monkeypatch)
         assert len(arguments) == len(op._schema.arguments)
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
 from launches import recorded, tiles_of
+from op_calls import op_call
 
 from cute_fmha import SkipSoftmax, SkipStats, attention, make_workspace, mla_decode
 from cute_fmha.bench.profile import count
@@ -332,21 +332,10 @@ def test_batch_invariance(kernels, shape):
 # PyTorch's machinery.
 
 
-def recorded_arguments(case: Case, monkeypatch: pytest.MonkeyPatch, **call: Any) -> tuple[Any, Any]:
-    """(op, its positional arguments) as the public call passes them."""
-    name = "mla_decode" if isinstance(case, MlaCase) else "attention"
-    seen: list[tuple[Any, ...]] = []
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.ops.cute_fmha, name, lambda *arguments: seen.append(arguments))
-        case.run(backend="triton", **call)
-    (arguments,) = seen
-    return getattr(torch.ops.cute_fmha, name).default, arguments
-
-
 @pytest.mark.parametrize("shape", MAIN_SHAPES)
 def test_opcheck(shape, monkeypatch):
     case, num_splits = make(shape)
-    op, arguments = recorded_arguments(case, monkeypatch, num_splits=num_splits)
+    op, arguments = op_call(lambda: case.run(backend="triton", num_splits=num_splits), monkeypatch)
     torch.library.opcheck(op, arguments)
 
 

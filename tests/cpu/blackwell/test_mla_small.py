@@ -328,7 +328,8 @@ def test_every_signal_is_needed():
         torch.full((1,), math.nan), torch.zeros(2, dtype=torch.int64), harness.Workspace.make(),
     )  # fmt: skip
     scalars = harness.scalars_of(case, LAMBDA.value)
-    captured = capture(harness.compiled(kernel), *tensors, scalars, cutlass.Int32(1))
+    launch = (*tensors, scalars, cutlass.Int32(1), None, harness.CUstream(0))
+    captured = capture(harness.compiled(kernel), *launch)
     report = run_mutants(
         captured, policies=STRICT_POLICIES, check=lambda *_: True,
         chosen=lambda mutant: mutant.order and mutant.group != "mbarrier wait",

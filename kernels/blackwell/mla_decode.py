@@ -148,6 +148,7 @@ class MlaDecode:
         )
         pages, page_rows, _, width = mKV.shape
         stride, page_stride = mKV.stride[1], mKV.stride[0]
+        boxes: Any
         if plan.gather:
             # (PAGE, D)
             rows = cute.make_layout((pages, width), stride=(page_stride, 1))

@@ -158,7 +158,8 @@ def test_every_signal_is_needed(heads):
         torch.full((1,), math.nan), torch.zeros(2, dtype=torch.int64), harness.Workspace.make(),
     )  # fmt: skip
     scalars = harness.scalars_of(case, math.exp(-20.0))
-    captured = capture(harness.compiled(kernel), *tensors, scalars, Int32(kernel.plan.ctas))
+    launch = (*tensors, scalars, Int32(kernel.plan.ctas), None, harness.CUstream(0))
+    captured = capture(harness.compiled(kernel), *launch)
     groups = {
         "mbarrier.arrive", "mbarrier.arrive.expect_tx", "tcgen05.commit", "fence.proxy.async",
         "bar.sync", "tcgen05.wait::st", "tcgen05.wait::ld", "cp.async.bulk.wait_group.read",

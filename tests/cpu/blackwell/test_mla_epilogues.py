@@ -41,7 +41,7 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
     """What the kernel makes of the case's attention with ``op``: [tokens, heads, …]."""
     batch, seqlen_q, heads, width = case.q.shape
     tokens = batch * seqlen_q
-    parameters = (*op.tensors, *op.values)
+    parameters: tuple[Any, ...] = (*op.tensors, *op.values)
     out, extra = allocate(op, torch.zeros(tokens, heads, 512))
     cut = Cut.WHOLE if num_splits == 1 else Cut.FIXED
     kinds = tuple(map(kind_of, parameters))

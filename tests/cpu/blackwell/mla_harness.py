@@ -197,7 +197,8 @@ def verify(
 ) -> Result:  # fmt: skip
     """`run`; output, LSE and counters must be those of the FP64 specification.
 
-    With a plan that counts, the case must decide by a margin of 1 or more.
+    With a plan that counts, the case must decide by a margin of 1 or more, and with ``num_splits``
+    0 nothing may be cut (one worker).
     """
     plan = kernel.plan
     value = 0.0 if skip is None else skip.value
@@ -206,7 +207,7 @@ def verify(
     if skip is None and not plan.features.count:
         check(case, result.out, lse)
         return result
-    tiles = Tiles(plan.rows, plan.tile_n, True, num_splits)
+    tiles = Tiles(plan.rows, plan.tile_n, True, max(num_splits, 1))
     expected = case.oracle(tiles, skip)
     assert expected.margin > 1.0, f"a decision is within {expected.margin} of λ"
     check(case, result.out, lse, tiles, skip)

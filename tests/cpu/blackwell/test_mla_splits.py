@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 import pytest
 import torch
 
-from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.problem import SkipSoftmax
+from cute_fmha import machine_code
+from cute_fmha.kernels.blackwell import launch
+from cute_fmha.kernels.blackwell.mla_plan import can_implement, plan_of
+from cute_fmha.problem import Problem, SkipSoftmax, Target
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 harness = pytest.importorskip("mla_harness")
 
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402  (needs CuTe DSL)
-from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall  # noqa: E402
 
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 SKIP = SkipSoftmax(threshold=math.exp(-20.0))
@@ -27,16 +31,24 @@ splits = pytest.mark.parametrize("num_splits", [0, 2, 5], ids=["auto", "2", "5"]
 
 
 def kernel_of(case: Any, num_splits: int, **features: Any) -> Any:
-    """The kernel that takes the case's rows, cut as ``num_splits`` asks."""
-    cut = {0: Cut.SHARE, 1: Cut.WHOLE}.get(num_splits, Cut.FIXED)
-    present = harness.features_of(case, **features)
-    dtype, page, rows = case.q.dtype, case.kv_cache.shape[1], case.q.shape[1] * case.q.shape[2]
-    return MlaDecode(make_plan(case.q.shape[-1], dtype, dtype, present, page, rows, cut))
+    """The kernel that the case's problem gets, with ``features`` besides what the case needs."""
+    batch, seqlen_q, heads, width = case.q.shape
+    page_size = case.kv_cache.shape[1]
+    left, right = harness.window_of(case)
+    problem = Problem(
+        "mla_decode", "paged", False, case.q.dtype, case.q.dtype, batch, seqlen_q,
+        page_size * case.block_table.shape[1], heads, 1, width, 512, page_size, left, right,
+        softcap="softcap" in case.common, sink="sink" in case.common, num_splits=num_splits,
+        **{"lse": True, **features},
+    )  # fmt: skip
+    assert can_implement(problem, Target("cuda", 100, 148)) is None
+    plan = plan_of(problem)
+    return MlaDecode(plan) if isinstance(plan, MlaPlan) else MlaDecodeSmall(plan)
 
 
 @policies
 @splits
-@pytest.mark.parametrize("heads", [48, 128])
+@pytest.mark.parametrize("heads", [16, 48, 128])
 def test_lengths(policy, num_splits, heads):
     """More pieces than CTAs, and the other way round."""
     case = harness.case_of(heads, 1, LENGTHS, sink=True)
@@ -48,7 +60,7 @@ def test_lengths(policy, num_splits, heads):
 @policies
 def test_skip_and_counters(policy):
     case = harness.case_of(64, 1, [65, 640, 1000], gap=40.0)
-    kernel = kernel_of(case, 2, skip=True, count=True)
+    kernel = kernel_of(case, 2, skip=True, stats=True)
     result = harness.verify(kernel, case, policy, skip=SKIP, ctas=7, num_splits=2)
     assert result.stats[0] > 5
 
@@ -83,3 +95,52 @@ def test_bits_of_a_fixed_split():
         assert torch.equal(result.out, results[0].out)
         assert torch.equal(result.lse, results[0].lse)
     assert torch.equal(single.out[0], results[0].out[2])
+
+
+MATRIX = [
+    (heads, seqlen_q, num_splits, index)
+    for index, (heads, seqlen_q, num_splits) in enumerate(
+        itertools.product((1, 8, 16, 48, 64, 128), (1, 2, 4), (0, 1, 2, 5))
+    )
+]
+OPTIONS: list[dict[str, Any]] = [{}, {"sink": True}, {"window": (70, 0)}, {"softcap": 5.0}]
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize(("heads", "seqlen_q", "num_splits", "index"), MATRIX)
+def test_matrix(heads, seqlen_q, num_splits, index):
+    """Page sizes and options by turns, each with every kernel and every cut."""
+    page_size = (1, 16, 32, 64, 128)[index % 5]
+    options = OPTIONS[index % 7 % 4]
+    case = harness.case_of(heads, seqlen_q, LENGTHS, page_size=page_size, seed=index, **options)
+    kernel = kernel_of(case, num_splits, lse=index % 3 > 0)
+    for policy in harness.POLICIES:
+        harness.verify(kernel, case, policy, ctas=8 + index % 9, num_splits=num_splits)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("heads", [8, 64, 128])
+@pytest.mark.parametrize("num_splits", [0, 1, 2, 5])
+def test_skips(heads, num_splits):
+    """Auto with one worker: nothing is cut, and the oracle's decisions are those of whole tiles."""
+    case = harness.case_of(heads, 2 if heads < 64 else 1, [65, 640, 1000], gap=40.0, sink=True)
+    kernel = kernel_of(case, num_splits, skip=True, stats=True)
+    ctas = kernel.plan.slots.ranks if num_splits == 0 else 7
+    for policy in harness.POLICIES:
+        harness.verify(kernel, case, policy, skip=SKIP, ctas=ctas, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("heads", [16, 64, 128])
+def test_machine_code(heads):
+    """Cut by shares, with all that a plan may have: no stack, no spills."""
+    try:
+        machine_code.tool("nvdisasm")
+    except machine_code.ToolError as error:
+        pytest.skip(str(error))
+    problem = Problem(
+        "mla_decode", "paged", False, torch.bfloat16, torch.bfloat16, 4, 1, 4096, heads, 1, 576,
+        512, 64, 100, 0, sink=True, skip=True, stats=True, lse=True,
+    )  # fmt: skip
+    code = machine_code.read(launch.prepare(problem, Target("cuda", 100, 148)).binary.cubin)
+    assert (code.stack, code.local, code.spills) == (0, 0, 0)
+    assert code.count("UTCHMMA") > 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda.bindings.driver import CUstream
+from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
 from cutlass import Float32, Int32
 
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -91,7 +92,7 @@ def test_which_kernel():
 def test_what_can_be_implemented():
     assert can_implement(problem(), B200) is None
     assert can_implement(problem(heads_q=16, num_splits=5, page_size=1), B200) is None
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         "no attention": {"op": "attention"},
         "largest logits": {"max_logits": True},
         "at least one page": {"seqlen_k": 0},

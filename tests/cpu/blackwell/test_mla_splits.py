@@ -27,7 +27,6 @@ SKIP = SkipSoftmax(threshold=math.exp(-20.0))
 policies = pytest.mark.parametrize(
     "policy", harness.POLICIES, ids=lambda policy: f"{policy.mode}{policy.seed or ''}"
 )
-splits = pytest.mark.parametrize("num_splits", [0, 2, 5], ids=["auto", "2", "5"])
 
 
 def kernel_of(case: Any, num_splits: int, **features: Any) -> Any:
@@ -47,9 +46,10 @@ def kernel_of(case: Any, num_splits: int, **features: Any) -> Any:
 
 
 @policies
-@splits
-@pytest.mark.parametrize("heads", [16, 48, 128])
-def test_lengths(policy, num_splits, heads):
+@pytest.mark.parametrize(
+    ("heads", "num_splits"), [(16, 5), (48, 0), (128, 0)], ids=["16-5", "48-auto", "128-auto"]
+)
+def test_lengths(policy, heads, num_splits):
     """More pieces than CTAs, and the other way round."""
     case = harness.case_of(heads, 1, LENGTHS, sink=True)
     kernel = kernel_of(case, num_splits)
@@ -65,7 +65,7 @@ def test_skip_and_counters(policy):
     assert result.stats[0] > 5
 
 
-@splits
+@pytest.mark.parametrize("num_splits", [0, 5], ids=["auto", "5"])
 def test_replays(num_splits):
     """One workspace; lengths and pages change between launches, as in a CUDA graph."""
     case = harness.case_of(64, 1, [640, 700, 130])

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -139,7 +140,7 @@ def compiled(function, backend: Any = "aot_eager", **options: Any):
 def test_op_is_called_with_what_it_declares(monkeypatch):
     for make in CASES.values():
         case = cast(Any, make())
-        op, arguments = op_call(lambda case=case: case.run(backend="reference"), monkeypatch)
+        op, arguments = op_call(partial(case.run, backend="reference"), monkeypatch)
         assert len(arguments) == len(op._schema.arguments)
 
 

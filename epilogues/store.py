@@ -103,7 +103,17 @@ class Store(Fixed):
         Reads: O at TMEM address ``tO`` (unless ``zero``). Writes: the chunk buffers.
         Waits: chunk_empty. Signals: chunk_full.
         """
-        if zero:
+        if cutlass.const_expr(apply is not None):
+            # What an op makes of zeros is made where it makes all else: it is long, and has
+            # registers of its own in a second place.
+            for c in cutlass.range_constexpr(self.chunks):
+                cursor = self.hand_over(
+                    lambda first, count, c=c: self.part(  # type: ignore[misc]
+                        tO + c * self.columns + first, count, scale, zero
+                    ),
+                    sO, thread, barriers, cursor, apply, self.first_column(c, columns),
+                )  # fmt: skip
+        elif zero:
             for c in cutlass.range_constexpr(self.chunks):
                 cursor = self.hand_over(
                     lambda first, count: [Float32(0.0)] * count, sO, thread, barriers, cursor,
@@ -112,15 +122,24 @@ class Store(Fixed):
         else:
             for c in cutlass.range_constexpr(self.chunks):
                 cursor = self.hand_over(
-                    lambda first, count, c=c: scaled(  # type: ignore[misc]
-                        ptx.tcgen05_wait_load(
-                            ptx.tcgen05_load(tO + c * self.columns + first, count)
-                        ),
-                        scale,
+                    lambda first, count, c=c: self.loaded(  # type: ignore[misc]
+                        tO + c * self.columns + first, count, scale
                     ),
                     sO, thread, barriers, cursor, apply, self.first_column(c, columns),
                 )  # fmt: skip
         return cursor
+
+    def loaded(self, tO: Int32, count: int, scale: Float32) -> list[Float32]:
+        """``count`` columns from TMEM, times ``scale``."""
+        return scaled(ptx.tcgen05_wait_load(ptx.tcgen05_load(tO, count)), scale)
+
+    @cute.jit
+    def part(self, tO: Int32, count: cutlass.Constexpr, scale: Float32, zero: cutlass.Boolean):
+        """`loaded`, or zeros."""
+        values = [Float32(0.0) for _ in range(count)]
+        if not zero:
+            values = self.loaded(tO, count, scale)
+        return values
 
     def first_column(self, c: int, columns: Callable[[int], Any] | None) -> Any:
         return c * self.columns if columns is None else columns(c)

@@ -159,19 +159,13 @@ def softmax_step(
     s0 = plan.tmem["S0"].start
     tS = tmem_row(tmem, thread) + s0 + t * plan.tile_n
     tP = tS + (plan.tmem["P0"].start - s0)
-    width = 32
     seen = None
     if cutlass.const_expr(masked and plan.features.block_mask is not None):
         seen = work.seen_keys(tile, row, n)
     if cutlass.const_expr(plan.features.skip):
         barriers.wait("decision_read", phases.s ^ 1, t)
     barriers.wait_tmem("s_full", phases.s, t)
-    scores = []
-    for c in cutlass.range_constexpr(0, plan.tile_n, width):
-        scores += ptx.tcgen05_load(tS + c, width)
-    scores = ptx.tcgen05_wait_load(scores)
-    if cutlass.const_expr(plan.features.softcap):
-        scores = capped(scores, scalars.cap_inner)
+    scores = score_row(plan, tS, scalars)
     if cutlass.const_expr(masked):
         lengths = work.lengths(tile)
         position = work.position(row)
@@ -214,6 +208,25 @@ def softmax_step(
         phases = SoftmaxPhases(phases.s ^ 1, phases.scale ^ Int32(later))
         counts = Counts(counts.skipped, counts.visited + 1)
     return state, phases, counts
+
+
+def score_row(plan: Plan, tS: Int32, scalars: Scalars) -> list[Float32]:
+    """A row of S from TMEM, with a softcap capped.
+
+    That takes several registers an element: there the next columns are on their way while those
+    before are capped, and not all are there at the same time."""
+    width = 32
+    pieces = [tS + c for c in range(0, plan.tile_n, width)]
+    if not plan.features.softcap:
+        loaded = [score for piece in pieces for score in ptx.tcgen05_load(piece, width)]
+        return ptx.tcgen05_wait_load(loaded)
+    scores: list[Float32] = []
+    piece = ptx.tcgen05_wait_load(ptx.tcgen05_load(pieces[0], width))
+    for following in pieces[1:]:
+        coming = ptx.tcgen05_load(following, width)
+        scores += capped(piece, scalars.cap_inner)
+        piece = ptx.tcgen05_wait_load(coming)
+    return scores + capped(piece, scalars.cap_inner)
 
 
 def tell_fade(group: Group, fade: Float32, phases: SoftmaxPhases) -> None:

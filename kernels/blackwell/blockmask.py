@@ -20,7 +20,7 @@ from cutlass import Int32
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Fixed
-from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, SEQLENS, Plan
 
 VISIBLE, MIXED = 0, 1
 
@@ -94,22 +94,20 @@ class TileBits(Fixed):
     # ------------------------------------------------------------------ the bits
 
     @cute.jit
-    def write(self, place: Any, t: int, lengths: tuple, keys: tuple, words: tuple, slot: Int32):
-        """Make the bits of Q tile ``t`` of a work tile for KV tiles ``keys``, (begin, end), in
-        ``words``, (first, end); gives (begin, end) of what is visible. One warp. ``lengths`` are
-        those of the sequence in queries and keys."""
+    def write(self, place: Any, t: int, sWork: Any, words: tuple, slot: Int32):
+        """Make the bits of Q tile ``t`` of a work tile, whose record is there but for them, in
+        ``words``, (first, end); gives (begin, end) of the KV tiles that are visible. One warp."""
         plan, lane = self.plan, cute.arch.lane_idx()
         per_tile = plan.tile_m // plan.pack
         position = (place.block * plan.q_tiles + t) * per_tile
-        rows = position, cutlass.min(position + per_tile, lengths[0])
         first, end = Int32(0), Int32(0)
         for word in cutlass.range(words[0], words[1], unroll=1):
             n = word * 32 + lane
-            key = n * plan.tile_n
-            key_end = key
-            if (keys[0] <= n) & (n < keys[1]):
-                key_end = cutlass.min(key + plan.tile_n, lengths[1])
-            some, mixed = self.state(place.batch, place.head, rows, (key, key_end))
+            rows = position, cutlass.min(position + per_tile, sWork[SEQLENS, slot])
+            keys = n * plan.tile_n, n * plan.tile_n
+            if (sWork[HEADER + RANGE * t, slot] <= n) & (n < sWork[HEADER + RANGE * t + 3, slot]):
+                keys = keys[0], cutlass.min(keys[0] + plan.tile_n, sWork[SEQLENS + 1, slot])
+            some, mixed = self.state(place.batch, place.head, rows, keys)
             visible = cute.arch.vote_ballot_sync(some)
             mixed = cute.arch.vote_ballot_sync(mixed)
             if lane == 0:

@@ -23,6 +23,9 @@ OTHER_BYTES = 1024
 WORK_STAGES = 2
 """Records of work tiles: of the one in work, and of the next, which load and MMA begin before."""
 
+HEADER, SEQLENS, RANGE = 8, 6, 4
+"""Words of a record: of `prefill_work.WorkTile`, lengths last; of `KeyTiles` for every Q tile."""
+
 MASK_TILES = 8192
 """KV tiles of a sequence with a block mask: 8 KiB of bits, a million keys in tiles of 128."""
 
@@ -175,6 +178,14 @@ class Plan:
         return sum(self.shared_parts.values())
 
 
+def polynomials(head_dim: int, features: Features) -> int:
+    """`Plan.by_polynomial`, see `make_plan`; the masks of a block mask leave fewer registers."""
+    masked = features.block_mask is not None
+    if head_dim > 128 or (masked and features.softcap):
+        return 0
+    return 2 if head_dim == 128 or masked else 4
+
+
 @functools.cache
 def make_plan(
     head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features,
@@ -199,7 +210,7 @@ def make_plan(
     plan = Plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
         q_tiles=1 if head_dim_v > 128 else 2, o_stages=1 if features.block_mask else 2,
-        by_polynomial=0 if wide else 2 if head_dim == 128 else 4,
+        by_polynomial=polynomials(head_dim, features),
         op=op or Op(),
     )  # fmt: skip
     while plan.k_stages < 4:

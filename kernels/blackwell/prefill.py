@@ -66,7 +66,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.pipelines import Barriers, prefill_topology
-from cute_fmha.kernels.blackwell.plan import MASK_TILES, WORK_STAGES, Plan
+from cute_fmha.kernels.blackwell.plan import HEADER, MASK_TILES, RANGE, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
 from cute_fmha.kernels.blackwell.prefill_mma import mma
@@ -81,7 +81,7 @@ from cute_fmha.kernels.blackwell.prefill_operands import (
 )
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_softmax import softmax
-from cute_fmha.kernels.blackwell.prefill_work import HEADER, RANGE, Work
+from cute_fmha.kernels.blackwell.prefill_work import Work
 from cute_fmha.kernels.blackwell.ragged import ragged
 
 

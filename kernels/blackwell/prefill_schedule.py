@@ -34,9 +34,9 @@ from cute_fmha import tiling
 from cute_fmha.kernels.blackwell.blockmask import TileBits
 from cute_fmha.kernels.blackwell.device import device_function
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
-from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
-from cute_fmha.kernels.blackwell.prefill_work import HEADER, RANGE, sides
+from cute_fmha.kernels.blackwell.prefill_work import sides
 
 kv_tile_ranges = device_function(tiling.kv_tile_ranges)
 
@@ -46,6 +46,9 @@ and O pass through."""
 
 TOP = 0x7FFFFFFF
 """A level above all."""
+
+SOME, OWN = 1, 2
+"""What is left: there may be work of CTAs that have not started; and the CTA's own before that."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,9 @@ class Levels(NamedTuple):
 class Turn(Carried):
     """How far the work is given out."""
 
-    own: Int32  # 1 before the CTA's own work tile is given out, the first
-    left: Int32  # 1 until the end is told
+    left: Int32  # OWN, then SOME until the end is told
     phase: Int32  # of the next claim
-    slot: Int32  # the next record's place, and its parity
-    slot_phase: Int32
+    record: Int32  # the next one's number
     blocks: Int32  # of packed sequences, all work tiles of a head
     level: Int32  # and the walk
     above: Int32
@@ -241,8 +242,8 @@ class Schedule(Fixed):
 
     def start(self) -> Turn:
         blocks = self.all_blocks() if self.plan.features.packed else Int32(0)
-        zero, one = Int32(0), Int32(1)
-        return Turn(one, one, zero, zero, one, blocks, Int32(TOP), zero, zero)
+        zero = Int32(0)
+        return Turn(Int32(OWN), zero, zero, blocks, Int32(TOP), zero, zero)
 
     @cute.jit
     def hand_out(self, turn: Turn, shared: Shared, barriers: Barriers):
@@ -252,17 +253,18 @@ class Schedule(Fixed):
         Reads: lengths in global memory. Writes: sWork, by cluster launch control sClaim.
         Waits: work_empty, claimed. Signals: work_full, claimed."""
         if turn.left != 0:
-            barriers.wait("work_empty", turn.slot_phase, turn.slot)
+            slot = turn.record % WORK_STAGES
+            barriers.wait("work_empty", turn.record // WORK_STAGES & 1 ^ 1, slot)
             # Not claimed earlier: somebody else may be free before.
-            own, left, phase, index = turn.own, turn.left, turn.phase, cute.arch.block_idx()[0]
+            left, phase, index = turn.left, turn.phase, cute.arch.block_idx()[0]
             walk = Walk(turn.level, turn.above, turn.passed)
             place = Place(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
             while (left != 0) & (place.exists == 0):
-                if own == 0:
+                if left != OWN:
                     left, index = claim(shared, barriers, phase)
                     phase = phase ^ 1
-                own = Int32(0)
                 if left != 0:
+                    left = Int32(SOME)
                     # There may be fewer work tiles than CTAs; those that are left are dropped.
                     if cutlass.const_expr(self.plan.features.packed):
                         place, walk = self.find_packed(index, turn.blocks, walk)
@@ -270,14 +272,13 @@ class Schedule(Fixed):
                         place = self.find_dense(index)
             lane = cute.arch.lane_idx()
             if left != 0:
-                self.write(place, shared.sWork, shared.sMask, turn.slot)
+                self.write(place, shared.sWork, shared.sMask, slot)
             elif lane < HEADER:
-                shared.sWork[lane, turn.slot] = Int32(-1)
-            barriers.arrive("work_full", turn.slot)
+                shared.sWork[lane, slot] = Int32(-1)
+            barriers.arrive("work_full", slot)
             turn = Turn(
-                own, left, phase, turn.slot ^ 1, turn.slot_phase ^ turn.slot, turn.blocks,
-                walk.level, walk.above, walk.passed,
-            )  # fmt: skip
+                left, phase, turn.record + 1, turn.blocks, walk.level, walk.above, walk.passed
+            )
         return turn
 
     # ------------------------------------------------------------------ what a work tile needs
@@ -291,26 +292,33 @@ class Schedule(Fixed):
             header = (place.block, place.head, place.head_kv, place.batch, *sequence)
             for word in cutlass.range_constexpr(HEADER):
                 sWork[word, slot] = header[word]
+        if lane < plan.q_tiles:
+            for word, value in enumerate(self.keys(place.block, lane, sequence)):
+                sWork[HEADER + RANGE * lane + word, slot] = value
         if cutlass.const_expr(plan.features.block_mask is not None):
-            # The words of any Q tile are words of all.
-            tiles = [self.keys(place.block, t, sequence) for t in range(plan.q_tiles)]
-            words = Int32(TOP), Int32(0)
-            for begin, _, _, end in tiles:
-                first = cutlass.select_(begin < end, begin // 32, Int32(TOP))
-                words = cutlass.min(words[0], first), cutlass.max(words[1], (end + 31) // 32)
-            bits = TileBits(plan, self.mem.mMask, sMask)
-            lengths = sequence.seqlen_q, sequence.seqlen_k
-            for t in cutlass.range_constexpr(plan.q_tiles):
-                begin, full_begin, full_end, end = tiles[t]
-                begin, end = bits.write(place, t, lengths, (begin, end), words, slot)
-                if lane == 0:
-                    self.write_range((begin, full_begin, full_end, end), sWork, t, slot)
-        elif lane < plan.q_tiles:
-            self.write_range(self.keys(place.block, lane, sequence), sWork, lane, slot)
+            cute.arch.sync_warp()
+            self.write_bits(place, sWork, sMask, slot)
 
-    def write_range(self, values: Any, sWork: cute.Tensor, t: Any, slot: Int32) -> None:
-        for word, value in enumerate(values):
-            sWork[HEADER + RANGE * t + word, slot] = value
+    @cute.jit
+    def write_bits(self, place: Place, sWork: cute.Tensor, sMask: Any, slot: Int32):
+        """The bits of a block mask, and ranges without what it hides at either end. What the record
+        has is read from there: this warp has few registers."""
+        q_tiles = self.plan.q_tiles
+        bits = TileBits(self.plan, self.mem.mMask, sMask)
+        # The words of any Q tile are words of all.
+        first_word, end_word = Int32(TOP), Int32(0)
+        for t in cutlass.range_constexpr(q_tiles):
+            begin, end = sWork[HEADER + RANGE * t, slot], sWork[HEADER + RANGE * t + 3, slot]
+            first_word = cutlass.select_(
+                begin < end, cutlass.min(first_word, begin // 32), first_word
+            )
+            end_word = cutlass.max(end_word, (end + 31) // 32)
+        for t in cutlass.range_constexpr(q_tiles):
+            begin, end = bits.write(place, t, sWork, (first_word, end_word), slot)
+            cute.arch.sync_warp()
+            if cute.arch.lane_idx() == 0:
+                sWork[HEADER + RANGE * t, slot] = begin
+                sWork[HEADER + RANGE * t + 3, slot] = end
 
     @cute.jit
     def keys(self, block: Int32, t: Int32, sequence: Sequence):

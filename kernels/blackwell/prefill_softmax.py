@@ -104,6 +104,8 @@ def softmax(
         n = keys.begin
         if cutlass.const_expr(plan.features.block_mask is not None):
             while n < keys.end:
+                # Read again: no register has to keep them.
+                keys = work.keys_of(tile, t)
                 full = (keys.full_begin <= n) & (n < keys.full_end)
                 if full & (not work.is_mixed(tile, t, n)):
                     state, phases, counts = softmax_step(

@@ -29,12 +29,9 @@ from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.blockmask import MIXED, VISIBLE, TileBits
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
-from cute_fmha.kernels.blackwell.plan import Plan
+from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, SEQLENS, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
 from cute_fmha.kernels.blackwell.ragged import cut
-
-HEADER, SEQLENS, RANGE = 8, 6, 4
-"""Words of a record: those of `WorkTile`, lengths last; those of `KeyTiles` for every Q tile."""
 
 
 @dataclass(frozen=True)

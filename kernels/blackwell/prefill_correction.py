@@ -76,6 +76,7 @@ def correction(
                 if q_tiles[t].any:
                     barriers.wait_tmem("o_full", o_phase[t], t)
         for t in cutlass.range_constexpr(plan.q_tiles):
+            tile, q_tiles = work.again(tile, q_tiles)
             first_row = work.first_row(tile, t)
             if first_row < work.rows(tile):
                 row = first_row + thread
@@ -132,8 +133,8 @@ def epilogue(
     chunk = Cursor(plan.o_stages)
     stored = Int32(0)
     turn = schedule.start()
-    for _record in cutlass.range_constexpr(WORK_STAGES):
-        turn = schedule.hand_out(turn, shared, barriers)
+    for slot in cutlass.range_constexpr(WORK_STAGES):
+        turn = schedule.hand_out(turn, Int32(slot), Int32(1), shared, barriers)
     tile = work.first(barriers)
     while tile.exists:
         # (ROWS, CHUNK, ROW_TILE, CHUNKS)
@@ -149,5 +150,5 @@ def epilogue(
             barriers.wait("stored_read", stored)
             barriers.arrive("stored")
             stored = stored ^ 1
-        turn = schedule.hand_out(turn, shared, barriers)
+        turn = schedule.hand_out(turn, tile.slot, tile.phase, shared, barriers)
         tile = work.following(tile, barriers)

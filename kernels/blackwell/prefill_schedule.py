@@ -34,7 +34,7 @@ from cute_fmha import tiling
 from cute_fmha.kernels.blackwell.blockmask import TileBits
 from cute_fmha.kernels.blackwell.device import device_function
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
-from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, WORK_STAGES, Plan
+from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
 from cute_fmha.kernels.blackwell.prefill_work import sides
 
@@ -95,7 +95,6 @@ class Turn(Carried):
 
     left: Int32  # OWN, then SOME until the end is told
     phase: Int32  # of the next claim
-    record: Int32  # the next one's number
     blocks: Int32  # of packed sequences, all work tiles of a head
     level: Int32  # and the walk
     above: Int32
@@ -243,18 +242,18 @@ class Schedule(Fixed):
     def start(self) -> Turn:
         blocks = self.all_blocks() if self.plan.features.packed else Int32(0)
         zero = Int32(0)
-        return Turn(Int32(OWN), zero, zero, blocks, Int32(TOP), zero, zero)
+        return Turn(Int32(OWN), zero, blocks, Int32(TOP), zero, zero)
 
     @cute.jit
-    def hand_out(self, turn: Turn, shared: Shared, barriers: Barriers):
+    def hand_out(self, turn: Turn, slot: Int32, parity: Int32, shared: Shared, barriers: Barriers):
         """Write the record of the next work tile, or that there is none, where all others have
-        given a record back. One warp, whose own use of that place is over.
+        given a record back. One warp, whose own use of place ``slot`` is over; ``parity`` is
+        that use's, 1 if there was none.
 
         Reads: lengths in global memory. Writes: sWork, by cluster launch control sClaim.
         Waits: work_empty, claimed. Signals: work_full, claimed."""
         if turn.left != 0:
-            slot = turn.record % WORK_STAGES
-            barriers.wait("work_empty", turn.record // WORK_STAGES & 1 ^ 1, slot)
+            barriers.wait("work_empty", parity, slot)
             # Not claimed earlier: somebody else may be free before.
             left, phase, index = turn.left, turn.phase, cute.arch.block_idx()[0]
             walk = Walk(turn.level, turn.above, turn.passed)
@@ -276,9 +275,7 @@ class Schedule(Fixed):
             elif lane < HEADER:
                 shared.sWork[lane, slot] = Int32(-1)
             barriers.arrive("work_full", slot)
-            turn = Turn(
-                left, phase, turn.record + 1, turn.blocks, walk.level, walk.above, walk.passed
-            )
+            turn = Turn(left, phase, turn.blocks, walk.level, walk.above, walk.passed)
         return turn
 
     # ------------------------------------------------------------------ what a work tile needs

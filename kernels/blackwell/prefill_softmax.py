@@ -97,7 +97,8 @@ def softmax(
         row = work.first_row(tile, t) + thread
         needed = cutlass.select_(row < work.rows(tile), Float32(EMPTY), Float32(ABSENT))
         if cutlass.const_expr(plan.features.skip_relative):
-            relative = skip / Float32(cutlass.max(tile.seqlen_k, 1))
+            # A division has a call in it, across which no uniform register lives.
+            relative = skip * cute.arch.rcp_approx(Float32(cutlass.max(tile.seqlen_k, 1)))
             threshold = raw_threshold(relative, scalars.scale_log2)
         group = Group(work, shared, scalars._replace(skip=threshold), tmem, barriers, t, thread)
         state = RowState(Float32(EMPTY), Float32(0.0), needed)

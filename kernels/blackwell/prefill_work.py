@@ -105,8 +105,19 @@ class Work(Fixed):
 
     def _record(self, slot: Int32, phase: Int32, barriers: Barriers) -> WorkTile:
         barriers.wait("work_full", phase, slot)
+        return self._header(slot, phase)
+
+    def _header(self, slot: Int32, phase: Int32) -> WorkTile:
         header = (cute.arch.make_warp_uniform(self.sWork[word, slot]) for word in range(HEADER))
         return WorkTile(*(*header, slot, phase))
+
+    def again(self, tile: WorkTile, keys: Any) -> tuple[WorkTile, Any]:
+        """``tile`` and the KV tiles of every Q tile; with a block mask read again, so that they
+        need no registers up to here: loops over visible KV tiles have theirs for themselves."""
+        if self.plan.features.block_mask is None:
+            return tile, keys
+        keys = [self.keys_of(tile, t) for t in range(self.plan.q_tiles)]
+        return self._header(tile.slot, tile.phase), keys
 
     def first_row(self, tile: WorkTile, t: Any) -> Int32:
         """The first row of Q tile ``t`` in its sequence."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import re
 import subprocess
 from dataclasses import replace
@@ -127,11 +128,58 @@ def test_machine_code_of_every_pair(dims, features, dtype, out_dtype, tmp_path):
     check(dims, dtype, out_dtype, features, "sm_100a", tmp_path)
 
 
+# What has spilled: a softcap over 128 keys, a division, the epilogue warp's order of packed work.
+CROWDED = {
+    "softcap": (
+        (192, 128),
+        Features(**WINDOW, sink=True, softcap=True, skip=True, count=True, packed=True),
+        1,
+    ),
+    "relative": (
+        (64, 64),
+        Features(sink=True, skip=True, skip_relative=True, packed=True, used=True),
+        4,
+    ),
+    "order": (
+        (128, 128),
+        Features(
+            **WINDOW, lse=False, skip=True, skip_tensor=True, skip_relative=True, count=True,
+            packed=True, block_mask=(100, 48),
+        ),
+        8,
+    ),
+    "blocks": (
+        (96, 96),
+        Features(**WINDOW, softcap=True, count=True, block_mask=(64, 256)),
+        1,
+    ),
+}  # fmt: skip
+
+
+@no_disassembler
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.sweep] * (name != "softcap")) for name in CROWDED],
+)
+def test_machine_code_of_crowded_variants(name, tmp_path):
+    dims, features, pack = CROWDED[name]
+    out_dtype = BF16 if name == "softcap" else torch.float32
+    check(dims, BF16, out_dtype, features, "sm_100a", tmp_path, pack)
+
+
 NUMBER, ROWS = Kind(torch.float32, 0, False), Kind(torch.bfloat16, 3, True)
 SCALES = Kind(torch.float8_e4m3fn, 2, True)
 
 
 @no_disassembler
+@pytest.mark.parametrize(
+    "features",
+    [
+        Features(window_right=True, lse=False),
+        pytest.param(Features(**WINDOW, sink=True, skip=True, count=True), marks=pytest.mark.sweep),
+    ],
+    ids=["causal", "skip"],
+)
 @pytest.mark.parametrize(
     ("op", "out_dtype", "instruction"),
     [
@@ -141,9 +189,8 @@ SCALES = Kind(torch.float8_e4m3fn, 2, True)
     ],
     ids=lambda value: getattr(value, "key", ""),
 )
-def test_machine_code_of_epilogue_ops(op, out_dtype, instruction, tmp_path):
+def test_machine_code_of_epilogue_ops(op, out_dtype, instruction, features, tmp_path):
     """Hardware's conversions and vector loads, and no stack either."""
-    features = Features(**WINDOW, sink=True, skip=True, count=True)
     plan = make_plan(128, 128, BF16, out_dtype, features, op)
     path = tmp_path / "kernel.cubin"
     path.write_bytes(harness.build(plan, "sm_100a").cubin)
@@ -151,3 +198,41 @@ def test_machine_code_of_epilogue_ops(op, out_dtype, instruction, tmp_path):
     code = tool("nvdisasm", "-c", str(path))
     assert "UTCHMMA" in code
     assert instruction in code
+
+
+def sample(seed: int, count: int) -> list[Any]:
+    """Plans at random."""
+    draw, variants = random.Random(seed), []
+    ops = [
+        (Op(), None),
+        (Op(), torch.float32),
+        (Op("nvfp4", (NUMBER,), SCALES), torch.uint8),
+        (Op("fp8", (NUMBER,)), torch.float8_e4m3fn),
+        (Op("gate", (ROWS,)), None),
+    ]
+    names = ("window_left", "window_right", "lse", "sink", "softcap", "skip", "count", "packed")
+    while len(variants) < count:
+        present: dict[str, Any] = {name: draw.random() < 0.5 for name in (*names, "used")}
+        for name in ("skip_tensor", "skip_relative"):
+            present[name] = present["skip"] and draw.random() < 0.5
+        if draw.random() < 0.35:
+            present["block_mask"] = draw.choice([(128, 128), (64, 64), (100, 48), (64, 256)])
+        dtype = draw.choice([BF16, FP16])
+        op, out_dtype = draw.choice(ops)
+        dims, pack = draw.choice(HEAD_DIMS), draw.choice([1, 1, 4, 8])
+        try:
+            plan = make_plan(*dims, dtype, out_dtype or dtype, Features(**present), op)
+        except ValueError:
+            continue  # No room in shared memory.
+        variants.append(replace(plan, pack=pack))
+    return variants
+
+
+@no_disassembler
+@pytest.mark.sweep
+@pytest.mark.parametrize("plan", sample(1, 40), ids=range(40))
+def test_no_variant_has_a_stack(plan, tmp_path):
+    path = tmp_path / "kernel.cubin"
+    path.write_bytes(harness.build(plan, "sm_100a").cubin)
+    usage = tool("cuobjdump", "-res-usage", str(path))
+    assert re.search(r"STACK:0 .*LOCAL:0 ", usage), (plan, usage)

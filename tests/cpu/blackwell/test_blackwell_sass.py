@@ -202,7 +202,8 @@ def test_machine_code_of_epilogue_ops(op, out_dtype, instruction, features, tmp_
 
 def sample(seed: int, count: int) -> list[Any]:
     """Plans at random."""
-    draw, variants = random.Random(seed), []
+    draw = random.Random(seed)
+    variants: list[Any] = []
     ops = [
         (Op(), None),
         (Op(), torch.float32),

@@ -10,9 +10,9 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
-from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology
 from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Features, Role
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
+from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
 
 ROWS = 64

@@ -74,9 +74,10 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
 )
 from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
-from cute_fmha.kernels.blackwell.pipelines import Barrier, Barriers, Topology
+from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.prefill_operands import DTYPES
 from cute_fmha.kernels.blackwell.ragged import ragged
+from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
 
 

@@ -1,20 +1,9 @@
-"""Barriers: declared once with who signals them, checked on the host, used by name in the kernel.
-
-A barrier is named by the state it announces. Its arrive count is not written down anywhere: it
-follows from the roles that signal it and from how they do it.
-
-    how          who arrives
-    "warp"       one lane of every warp of the role (of the group), after the warp has synchronised
-    "each"       likewise of every warp of the role, of all groups
-    "leader"     one lane of one warp of the role
-    "commit"     the tensor core, when all MMAs issued before have completed
-    "bytes"      one lane of the role; the phase also waits for the announced bytes of TMA loads
-"""
+"""Barriers, phases and loop-carried values in a kernel; `topology` declares the barriers."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import fields
+from typing import Any
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
@@ -23,147 +12,7 @@ from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan, Role
-
-How = Literal["warp", "each", "leader", "commit", "bytes"]
-To = Literal["own", "first", "other", "both"]
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """``count`` mbarriers that announce the state ``name``, each signalled as ``signals`` says:
-    (role, how) pairs.
-
-    In a pair of CTAs each has its own mbarriers. ``to`` says whose a role arrives at: its own
-    CTA's, the first CTA's (both CTAs' roles do, and count), the other CTA's, or both (and both
-    count).
-    """
-
-    name: str
-    count: int
-    signals: tuple[tuple[str, How], ...]
-    to: To = "own"
-
-
-@dataclass(frozen=True)
-class Topology:
-    """All barriers of a kernel of ``ctas`` CTAs to a cluster, one or two. With two, the tensor core
-    works for both: its commits arrive in both CTAs."""
-
-    roles: tuple[Role, ...]
-    barriers: tuple[Barrier, ...]
-    ctas: int = 1
-
-    def __post_init__(self) -> None:
-        names = [barrier.name for barrier in self.barriers]
-        if len(set(names)) != len(names):
-            raise ValueError(f"a barrier is declared twice: {names}")
-        roles = {role.name: role for role in self.roles}
-        warps = [warp for role in self.roles for warp in role.warps]
-        if sorted(warps) != list(range(len(warps))):
-            raise ValueError(f"every warp has one role; got {self.roles}")
-        for barrier in self.barriers:
-            for role, how in barrier.signals:
-                if role not in roles:
-                    raise ValueError(f"barrier {barrier.name}: no role {role}")
-                if how in ("commit", "bytes") and len(roles[role].warps) != 1:
-                    raise ValueError(
-                        f"barrier {barrier.name}: {role} has {len(roles[role].warps)} warps, "
-                        f"{how!r} is for one"
-                    )
-                if how != "each" and barrier.count % roles[role].groups:
-                    raise ValueError(
-                        f"barrier {barrier.name}: {barrier.count} of them, but {role} has "
-                        f"{roles[role].groups} groups"
-                    )
-
-    def arrivals(self, name: str) -> int:
-        """Arrivals that complete a phase of ``name``."""
-        roles = {role.name: role for role in self.roles}
-        barrier = self.barrier(name)
-        ctas = self.ctas if barrier.to in ("first", "both") else 1
-
-        def of(role: Role, how: How) -> int:
-            warps = {"warp": role.group_warps, "each": len(role.warps), "leader": 1}
-            return warps[how] * ctas if how in warps else 1
-
-        return sum(of(roles[role], how) for role, how in barrier.signals)
-
-    def barrier(self, name: str) -> Barrier:
-        return next(barrier for barrier in self.barriers if barrier.name == name)
-
-    def offset(self, name: str) -> int:
-        """Index of the first mbarrier of ``name``."""
-        total = 0
-        for barrier in self.barriers:
-            if barrier.name == name:
-                return total
-            total += barrier.count
-        raise KeyError(name)
-
-    @property
-    def size(self) -> int:
-        return sum(barrier.count for barrier in self.barriers)
-
-
-def prefill_topology(plan: Plan) -> Topology:
-    """The barriers of `cute_fmha.kernels.blackwell.prefill`.
-
-        load ── q_full, k_full; v_full ──> mma ── s_full ──> softmax ── scale_full ──> correction
-             <─ q_empty, k_empty, v_empty ─    <─ p_ready ──         <─ scale_empty ──
-                                               <─ p_ready ───────────────────────────
-                                               ── o_full ───────────────────────────>
-        correction ── chunk_full ──> epilogue,   correction <── chunk_empty ── epilogue
-        softmax ── decided ──> softmax, load_values, mma, correction
-                <─ decision_read ── load_values, correction
-
-        epilogue ── work_full ──> all,          epilogue <── work_empty ── all others
-
-    Each barrier between mma, softmax and correction exists once per Q tile.
-    """
-    q_tiles = plan.q_tiles
-    workers = (role.name for role in plan.roles if role.name != "epilogue")
-    decided = []
-    if plan.features.skip:
-        # The MMA needs no say in when the next one may be made: that is on an S which it makes
-        # after it has read this one.
-        decided = [
-            Barrier("decided", q_tiles, (("softmax", "warp"),)),
-            Barrier("decision_read", q_tiles, (("load_values", "warp"), ("correction", "warp"))),
-        ]
-    over_v = []
-    if plan.o_over_v:
-        # The output of a work tile is stored, so that V of the next may come; and that is known.
-        over_v = [
-            Barrier("stored", 1, (("epilogue", "warp"),)),
-            Barrier("stored_read", 1, (("load_values", "warp"),)),
-        ]
-    return Topology(
-        plan.roles,
-        (
-            # Records of work tiles, and the answer about the next one.
-            Barrier("work_full", WORK_STAGES, (("epilogue", "warp"),)),
-            Barrier("work_empty", WORK_STAGES, tuple((role, "each") for role in workers)),
-            Barrier("claimed", 1, (("epilogue", "bytes"),)),
-            Barrier("q_full", q_tiles, (("load", "bytes"),)),
-            Barrier("q_empty", q_tiles, (("mma", "commit"),)),
-            Barrier("k_full", plan.k_stages, (("load", "bytes"),)),
-            Barrier("k_empty", plan.k_stages, (("mma", "commit"),)),
-            Barrier("v_full", plan.v_stages, (("load_values", "bytes"),)),
-            Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
-            Barrier("s_full", q_tiles, (("mma", "commit"),)),
-            # The first three quarters of P are stored, and O may be accumulated into.
-            Barrier("p_ready", q_tiles, (("softmax", "warp"), ("correction", "warp"))),
-            Barrier("p_last", q_tiles, (("softmax", "warp"),)),
-            Barrier("scale_full", q_tiles, (("softmax", "warp"),)),
-            Barrier("scale_empty", q_tiles, (("correction", "warp"),)),
-            Barrier("o_full", q_tiles, (("mma", "commit"),)),
-            *decided,
-            Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),
-            Barrier("chunk_empty", plan.o_stages, (("epilogue", "warp"),)),
-            *over_v,
-        ),
-    )
+from cute_fmha.kernels.blackwell.topology import How, Topology
 
 
 class Barriers:

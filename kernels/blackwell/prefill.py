@@ -33,7 +33,7 @@ TMEM, in 32-bit columns, at Dv 128 (`tmem.attention_map`)
     | S0     | P0     | S1     | P1     | O0              | O1              |
     S0 is 0–127, S1 128–255: P lies over the upper half of its own S, which is read by then.
 
-Pipelines: `pipelines.prefill_topology`.
+Pipelines: `topology.prefill_topology`.
 
 Timeline of KV tile n in steady state, two Q tiles (numbers: Q tile; time goes down)
 
@@ -65,7 +65,7 @@ from cutlass import Float32, Int8, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
-from cute_fmha.kernels.blackwell.pipelines import Barriers, prefill_topology
+from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.plan import HEADER, MASK_TILES, RANGE, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
@@ -83,6 +83,7 @@ from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_softmax import softmax
 from cute_fmha.kernels.blackwell.prefill_work import Work
 from cute_fmha.kernels.blackwell.ragged import ragged
+from cute_fmha.kernels.blackwell.topology import prefill_topology
 
 
 class Prefill:

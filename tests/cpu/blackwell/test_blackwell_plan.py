@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -55,7 +57,7 @@ def test_budgets():
 
 
 def test_arrive_counts_follow_from_the_roles():
-    from cute_fmha.kernels.blackwell.pipelines import Barrier, Topology, prefill_topology
+    from cute_fmha.kernels.blackwell.topology import Barrier, Topology, prefill_topology
 
     topology = prefill_topology(plan())
     counts = {barrier.name: topology.arrivals(barrier.name) for barrier in topology.barriers}
@@ -123,3 +125,12 @@ def test_every_pair_has_a_plan_within_budget(dims, out_dtype):
     assert made.k_stages >= 2
     assert made.v_stages >= (1 if made.o_over_v else 2)
     assert made.tmem.columns <= 512
+
+
+def test_asking_needs_no_dsl():
+    """Plans and constraints of every kernel are found without CuTe DSL."""
+    code = (
+        "import sys; sys.modules['cutlass'] = sys.modules['tvm_ffi'] = None\n"
+        "from cute_fmha.kernels.blackwell import launch, mla_plan, plan, topology\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

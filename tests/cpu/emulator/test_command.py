@@ -239,7 +239,7 @@ def test_the_example_of_the_readme(
     readme = Path(__file__).parents[3] / "README.md"
     section = readme.read_text().split("\n## Emulator\n", 1)[1].split("\n## ", 1)[0]
     (code,) = re.findall(r"```python\n(.*?)```", section, re.S)
-    (line,) = re.findall(r"^python -m cute_fmha.emulate (.*)$", section, re.M)
+    (line,) = re.findall(r"^python -m cute_fmha.emulate (\w+\.py:.*)$", section, re.M)
     target, *options = line.split("#")[0].split()
     (tmp_path / target.split(":")[0]).write_text(code)
     monkeypatch.chdir(tmp_path)

@@ -27,6 +27,9 @@ _MODULES = {
 }
 _AUTO_ORDER = ("blackwell", "triton", "reference")
 
+FEW_ROWS = 64
+"""Query rows of a KV head up to which `auto` prefers kernels that split the keys."""
+
 
 @functools.cache
 def _module(backend: str) -> ModuleType | str:
@@ -54,7 +57,8 @@ def _auto_reason(problem: Problem, target: Target, name: str) -> str | None:
         return reason
     if name == "triton" and target.device_type != "cuda":
         return "its interpreter is for tests"
-    if name == "blackwell" and problem.op == "attention" and problem.seqlen_q * problem.group <= 64:
+    few = problem.op == "attention" and problem.seqlen_q * problem.group <= FEW_ROWS
+    if name == "blackwell" and few:
         return "few query rows are left to kernels that split the keys"
     return None
 

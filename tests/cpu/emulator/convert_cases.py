@@ -195,8 +195,9 @@ for mode in ("rn", "rz", "rna"):
         for finite in ("", ".satfinite"):
 
             def to_tf32(code: int, m=mode, r=bool(relu), f=bool(finite)) -> int:
-                if (code & 0x7FFFFFFF) > 0x7F800000 and m == "rna":  # as on an H200
-                    return code & (0xFFFFC000 if f else 0xFFFFE000) | 0x400000
+                if (code & 0x7FFFFFFF) > 0x7F800000 and m == "rna":
+                    # As on an H200: a signalling NaN stays one, saturating is a step towards zero.
+                    return (code & 0xFFFFE000) - (0x2000 if f else 0)
                 return narrowed(code, TF32, m, r, f) << 13
 
             sm = 100 if finite and mode != "rna" else 90

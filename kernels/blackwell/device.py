@@ -1,4 +1,4 @@
-"""Compiling plain Python functions into CuTe DSL kernels."""
+"""What the host has, as CuTe DSL kernels see it: dtypes, and plain Python functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import linecache
 from collections.abc import Callable
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
+import torch
+
+DTYPES = {
+    torch.float16: cutlass.Float16,
+    torch.bfloat16: cutlass.BFloat16,
+    torch.float32: cutlass.Float32,
+    torch.float8_e4m3fn: cutlass.Uint8,
+    torch.uint8: cutlass.Uint8,
+}
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -67,14 +67,16 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE_WARPS, combine, epilogue, write
+from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE, COMBINE_WARPS, epilogue, write
 from cute_fmha.kernels.blackwell.mla_decode_load import load
 from cute_fmha.kernels.blackwell.mla_decode_mma import mma
-from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES, Global, Shared, Work
+from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, UNIT, MlaPlan, topology
 from cute_fmha.kernels.blackwell.mla_decode_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_swap import swap
+from cute_fmha.kernels.blackwell.mla_output import combine
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
@@ -234,7 +236,7 @@ class MlaDecode:
                 swap(plan, work(), shared, barriers.of("swap"))
         if cutlass.const_expr(plan.cut is not Cut.WHOLE):  # noqa: SIM102  (compile and run time)
             if warp < COMBINE_WARPS:
-                combine(work(), self.store, warp)
+                combine(work(), self.store, warp, COMBINE_WARPS, COMBINE)
         self.meet()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import math
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
@@ -15,12 +12,10 @@ from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, lane_address
 from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
+from cute_fmha.kernels.blackwell.mla_output import outcome
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
+from cute_fmha.kernels.blackwell.softmax import EMPTY
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
-
-LN2 = math.log(2.0)
-
 
 COMBINE_WARPS = 8
 """Warps that reduce partial results when their pieces are done: softmax and epilogue."""
@@ -77,26 +72,6 @@ def epilogue(
 
 
 @cute.jit
-def outcome(
-    work: Work, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
-):
-    """The factor that normalises a row of O; its LSE is stored where ``tell``."""
-    mem, features = work.mem, work.plan.features
-    position, head, exists = work.position(piece, row)
-    left = Float32(1.0)
-    if cutlass.const_expr(features.sink):
-        maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
-    nothing = total == 0.0
-    if cutlass.const_expr(features.lse):
-        lse = -Float32.inf
-        if not nothing:
-            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
-        if exists & tell:
-            mem.mLSE[piece.batch, head, position] = lse
-    return 0.0 if nothing else left * cute.arch.rcp_approx(total)
-
-
-@cute.jit
 def partial(
     work: Work, place: Place, piece: Piece, tO: Int32, thread: Int32, empty: Boolean,
     maximum_log2: Float32, total: Float32,
@@ -116,29 +91,6 @@ def partial(
     ptx.barrier_sync(Int32(PARTIAL), 128)
     if thread == 0:
         splitkv.arrive(work.workspace, work.pieces, place, piece)
-
-
-@cute.jit
-def combine(work: Work, store: Store, warp: Int32):
-    """Reduce partial results and store what comes of them."""
-    work.splitkv.combine(
-        work.workspace, work.pieces, warp, COMBINE_WARPS, COMBINE,
-        functools.partial(reduced, work, store),
-    )  # fmt: skip
-
-
-@cute.jit
-def reduced(
-    work: Work, store: Store, piece: Piece, row: Int32, column: Int32, values,
-    maximum_log2: Float32, total: Float32,
-):  # fmt: skip
-    """Normalise and store neighbouring columns of a row."""
-    mO = work.mem.mO
-    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
-    position, head, exists = work.position(piece, row)
-    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, 0), mO.layout)).toint()
-    apply = store.apply(work.output_row(piece, row), work.mem.op)
-    store.write(scaled(values, scale), column, apply, start, exists)
 
 
 @cute.jit

@@ -8,7 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES, Shared, Work
+from cute_fmha.kernels.blackwell.device import DTYPES
+from cute_fmha.kernels.blackwell.mla_decode_operands import Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.mma import Operand, instruction_descriptor, multiply
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed

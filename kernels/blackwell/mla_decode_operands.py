@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Boolean, Int32
 
 from cute_fmha.epilogues.base import Row
@@ -17,14 +16,6 @@ from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Fixed
 from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
 from cute_fmha.kernels.blackwell.worklist import Piece, Sizes, WorkList, find
-
-DTYPES = {
-    torch.float16: cutlass.Float16,
-    torch.bfloat16: cutlass.BFloat16,
-    torch.float32: cutlass.Float32,
-    torch.float8_e4m3fn: cutlass.Uint8,
-    torch.uint8: cutlass.Uint8,
-}
 
 
 class Global(NamedTuple):

@@ -10,7 +10,13 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
-from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Features, Role
+from cute_fmha.kernels.blackwell.plan import (
+    REGISTERS,
+    SHARED_BYTES,
+    Features,
+    Role,
+    unsuited_target,
+)
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
@@ -313,11 +319,8 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
     dims = (problem.head_dim, problem.head_dim_v)
     page = problem.page_size
-    if target.device_type != "cuda" or target.arch not in (100, 103):
-        return (
-            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
-            f"{target.device_type}, {target.arch / 10}"
-        )
+    if (reason := unsuited_target(target)) is not None:
+        return reason
     if problem.op != "mla_decode":
         return f"the MLA decode kernel has no {problem.op}"
     if problem.dtype not in (torch.bfloat16, torch.float16):

@@ -62,8 +62,8 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_small_epilogue import combine
 from cute_fmha.kernels.blackwell.mla_decode_small_load import load, query
 from cute_fmha.kernels.blackwell.mla_decode_small_mma import mma
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
@@ -73,9 +73,9 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
     SmallPlan,
 )
 from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
+from cute_fmha.kernels.blackwell.mla_decode_small_work import COMBINE, Global, Shared, Work
+from cute_fmha.kernels.blackwell.mla_output import combine
 from cute_fmha.kernels.blackwell.pipelines import Barriers
-from cute_fmha.kernels.blackwell.prefill_operands import DTYPES
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
@@ -227,7 +227,7 @@ class MlaDecodeSmall:
         else:
             query(plan, work, mem, shared, barriers.of("query"))
         if cutlass.const_expr(plan.cut is not Cut.WHOLE):
-            combine(work, self.store, warp)
+            combine(work, self.store, warp, plan.threads // 32, COMBINE)
         cute.arch.sync_threads()
         if warp == mma_warp:
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns)

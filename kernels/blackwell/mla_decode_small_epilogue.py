@@ -3,9 +3,6 @@ goes to global memory as rows, 16 neighbouring columns of one row a thread."""
 
 from __future__ import annotations
 
-import functools
-import math
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
@@ -14,11 +11,10 @@ from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS
-from cute_fmha.kernels.blackwell.mla_decode_small_work import COMBINE, EXCHANGE, Group, Work
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
+from cute_fmha.kernels.blackwell.mla_decode_small_work import EXCHANGE, Group
+from cute_fmha.kernels.blackwell.mla_output import outcome, write
+from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
-
-LN2 = math.log(2.0)
 
 RUN = 16
 """Neighbouring columns of a row that one thread stores."""
@@ -125,55 +121,3 @@ def nothing(group: Group, store: Store, piece: Piece):
         for part in cutlass.range(group.plan.parts, unroll=1):
             zeros = [Float32(0.0)] * RUN
             write(group.work, store, piece, row, part * COLUMNS + first, zeros)
-
-
-@cute.jit
-def combine(work: Work, store: Store, warp: Int32):
-    """Reduce partial results and store what comes of them."""
-    warps = work.plan.threads // 32
-    work.splitkv.combine(
-        work.workspace, work.pieces, warp, warps, COMBINE,
-        functools.partial(reduced, work, store),
-    )  # fmt: skip
-
-
-@cute.jit
-def reduced(
-    work: Work, store: Store, piece: Piece, row: Int32, column: Int32, values,
-    maximum_log2: Float32, total: Float32,
-):  # fmt: skip
-    """Normalise and store neighbouring columns of a row."""
-    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
-    write(work, store, piece, row, column, scaled(values, scale))
-
-
-@cute.jit
-def outcome(
-    work: Work, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
-):
-    """The factor that normalises a row of O; its LSE is stored where ``tell``."""
-    mem, features = work.mem, work.plan.features
-    position, head, exists = work.position(piece, row)
-    left = Float32(1.0)
-    if cutlass.const_expr(features.sink):
-        maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
-    scale, lse = left * cute.arch.rcp_approx(total), -Float32.inf
-    if total == 0.0:
-        scale = Float32(0.0)
-    else:
-        lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
-    if cutlass.const_expr(features.lse):  # noqa: SIM102  (compile and run time)
-        if exists & tell:
-            mem.mLSE[piece.batch, head, position] = lse
-    return scale
-
-
-def write(
-    work: Work, store: Store, piece: Piece, row: Int32, column: Int32, values: list[Float32]
-) -> None:
-    """Store what becomes of neighbouring columns of a row, if it exists."""
-    mO = work.mem.mO
-    position, head, exists = work.position(piece, row)
-    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, 0), mO.layout)).toint()
-    apply = store.apply(work.output_row(piece, row), work.mem.op)
-    store.write(values, column, apply, start, exists)

@@ -9,7 +9,13 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
-from cute_fmha.kernels.blackwell.plan import OTHER_BYTES, SHARED_BYTES, Features, Role
+from cute_fmha.kernels.blackwell.plan import (
+    OTHER_BYTES,
+    SHARED_BYTES,
+    Features,
+    Role,
+    unsuited_target,
+)
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
 
@@ -198,11 +204,8 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
     dims = (problem.head_dim, problem.head_dim_v)
     rows = problem.seqlen_q * problem.heads_q
-    if target.device_type != "cuda" or target.arch not in (100, 103):
-        return (
-            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
-            f"{target.device_type}, {target.arch / 10}"
-        )
+    if (reason := unsuited_target(target)) is not None:
+        return reason
     if problem.op != "mla_decode":
         return f"the MLA decode kernel of few rows has no {problem.op}"
     if problem.dtype not in (torch.bfloat16, torch.float16):

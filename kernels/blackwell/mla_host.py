@@ -45,9 +45,9 @@ def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
     from cutlass.cute.runtime import make_fake_stream
 
     from cute_fmha.kernels.blackwell.build import placeholder
+    from cute_fmha.kernels.blackwell.device import DTYPES
     from cute_fmha.kernels.blackwell.mla_arguments import Scalars
     from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
-    from cute_fmha.kernels.blackwell.mla_decode_operands import DTYPES
     from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
 
     features = plan.features

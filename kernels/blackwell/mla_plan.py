@@ -45,17 +45,7 @@ def can_implement(problem: Problem, target: Target) -> str | None:
 
 def plan_of(problem: Problem) -> MlaPlans:
     """Few rows: operands swapped. Up to 64: one CTA. More: pairs of CTAs, 128 rows each."""
-    features = Features(
-        window_left=problem.window_left >= 0,
-        window_right=problem.window_right >= 0,
-        lse=problem.lse,
-        sink=problem.sink,
-        softcap=problem.softcap,
-        skip=problem.skip,
-        skip_tensor=problem.skip_tensor,
-        skip_relative=problem.skip_relative,
-        count=problem.stats,
-    )
+    features = Features.of(problem)
     rows = problem.seqlen_q * problem.heads_q
     cut = cut_of(problem.num_splits)
     if rows <= MOST_ROWS:

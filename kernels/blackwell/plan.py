@@ -68,6 +68,24 @@ class Features:
     used: bool = False
     block_mask: tuple[int, int] | None = None  # query rows and keys of a block
 
+    @staticmethod
+    def of(problem: Problem) -> Features:
+        """What a kernel for ``problem`` has."""
+        return Features(
+            window_left=problem.window_left >= 0,
+            window_right=problem.window_right >= 0,
+            lse=problem.lse,
+            sink=problem.sink,
+            softcap=problem.softcap,
+            skip=problem.skip,
+            skip_tensor=problem.skip_tensor,
+            skip_relative=problem.skip_relative,
+            count=problem.stats,
+            packed=problem.packed_q,
+            used=problem.seqused,
+            block_mask=problem.block_mask,
+        )
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -244,14 +262,21 @@ def packed_heads(problem: Problem, tile_rows: int) -> int:
     return group if not decides or 4 * together < 3 * apart else 1
 
 
+def unsuited_target(target: Target) -> str | None:
+    """Why no Blackwell kernel runs on ``target``; None when they do."""
+    if target.device_type == "cuda" and target.arch in (100, 103):
+        return None
+    return (
+        "the Blackwell kernels need compute capability 10.0 or 10.3; got "
+        f"{target.device_type}, {target.arch / 10}"
+    )
+
+
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the prefill kernel cannot run ``problem`` on ``target``; None when it can."""
     dims = (problem.head_dim, problem.head_dim_v)
-    if target.device_type != "cuda" or target.arch not in (100, 103):
-        return (
-            "the Blackwell kernels need compute capability 10.0 or 10.3; got "
-            f"{target.device_type}, {target.arch / 10}"
-        )
+    if (reason := unsuited_target(target)) is not None:
+        return reason
     if problem.op != "attention":
         return f"the prefill kernel has no {problem.op}"
     if problem.layout == "paged":

@@ -65,13 +65,13 @@ from cutlass import Float32, Int8, Int32, Int64
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.plan import HEADER, MASK_TILES, RANGE, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
 from cute_fmha.kernels.blackwell.prefill_mma import mma
 from cute_fmha.kernels.blackwell.prefill_operands import (
-    DTYPES,
     Global,
     Layouts,
     Lengths,

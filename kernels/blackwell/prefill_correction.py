@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
@@ -16,9 +14,7 @@ from cute_fmha.kernels.blackwell.prefill_load import decision
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LOG2_E, scaled, with_sink
-
-LN2 = math.log(2.0)
+from cute_fmha.kernels.blackwell.softmax import EMPTY, LN2, LOG2_E, scaled, with_sink
 
 
 @cute.jit

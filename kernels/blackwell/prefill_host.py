@@ -28,26 +28,12 @@ LOG2_E = math.log2(math.e)
 
 
 def plan_of(problem: Problem) -> Plan:
-    features = Features(
-        window_left=problem.window_left >= 0,
-        window_right=problem.window_right >= 0,
-        lse=problem.lse,
-        sink=problem.sink,
-        softcap=problem.softcap,
-        skip=problem.skip,
-        skip_tensor=problem.skip_tensor,
-        skip_relative=problem.skip_relative,
-        count=problem.stats,
-        packed=problem.packed_q,
-        used=problem.seqused,
-        block_mask=problem.block_mask,
-    )
     plan = make_plan(
         problem.head_dim,
         problem.head_dim_v,
         problem.dtype,
         problem.out_dtype,
-        features,
+        Features.of(problem),
         op_of(problem),
     )
     return replace(plan, pack=packed_heads(problem, plan.work_rows))
@@ -64,8 +50,9 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
     from cutlass.cute.runtime import make_fake_stream
 
     from cute_fmha.kernels.blackwell.build import placeholder
+    from cute_fmha.kernels.blackwell.device import DTYPES
     from cute_fmha.kernels.blackwell.prefill import Prefill
-    from cute_fmha.kernels.blackwell.prefill_operands import DTYPES, Lengths, Scalars
+    from cute_fmha.kernels.blackwell.prefill_operands import Lengths, Scalars
 
     features = plan.features
     dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]

@@ -7,6 +7,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mma import (
     Operand,
     instruction_descriptor,
@@ -16,7 +17,7 @@ from cute_fmha.kernels.blackwell.mma import (
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.prefill_load import decision
-from cute_fmha.kernels.blackwell.prefill_operands import DTYPES, Mmas, Shared
+from cute_fmha.kernels.blackwell.prefill_operands import Mmas, Shared
 from cute_fmha.kernels.blackwell.prefill_work import Work
 
 

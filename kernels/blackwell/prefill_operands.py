@@ -4,18 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Float32, Int32
-
-DTYPES = {
-    torch.float16: cutlass.Float16,
-    torch.bfloat16: cutlass.BFloat16,
-    torch.float32: cutlass.Float32,
-    torch.float8_e4m3fn: cutlass.Uint8,
-    torch.uint8: cutlass.Uint8,
-}
 
 
 def tmem_row(tmem: Any, thread: Int32) -> Int32:

@@ -10,11 +10,11 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int8, Int32, Int64
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mask import mask_row
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.prefill_operands import (
-    DTYPES,
     Global,
     Scalars,
     Shared,

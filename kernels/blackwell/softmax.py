@@ -22,6 +22,7 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.kernels.blackwell import ptx
 
 LOG2_E = math.log2(math.e)
+LN2 = math.log(2.0)
 
 EMPTY = -1.0e30
 """Maximum of a row that has seen no key."""

@@ -1,0 +1,69 @@
+"""From rows of O to the output, for both MLA decode kernels: the sink joins, the LSE is stored,
+rows are normalised and leave; also what partial results are reduced to.
+
+``work`` is the kernel's own: its plan and tensors, where a row of a piece lies, its split-KV.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Boolean, Float32, Int32
+
+from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell.softmax import LN2, LOG2_E, scaled, with_sink
+from cute_fmha.kernels.blackwell.worklist import Piece
+
+
+@cute.jit
+def outcome(
+    work: Any, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
+):
+    """The factor that normalises a row of O; its LSE is stored where ``tell``."""
+    mem, features = work.mem, work.plan.features
+    position, head, exists = work.position(piece, row)
+    left = Float32(1.0)
+    if cutlass.const_expr(features.sink):
+        maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
+    nothing = total == 0.0
+    if cutlass.const_expr(features.lse):
+        lse = -Float32.inf
+        if not nothing:
+            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+        if exists & tell:
+            mem.mLSE[piece.batch, head, position] = lse
+    return 0.0 if nothing else left * cute.arch.rcp_approx(total)
+
+
+def write(
+    work: Any, store: Store, piece: Piece, row: Int32, column: Int32, values: list[Float32]
+) -> None:
+    """Store what becomes of neighbouring columns of a row, if it exists."""
+    mO = work.mem.mO
+    position, head, exists = work.position(piece, row)
+    start = (mO.iterator + cute.crd2idx((piece.batch, position, head, 0), mO.layout)).toint()
+    apply = store.apply(work.output_row(piece, row), work.mem.op)
+    store.write(values, column, apply, start, exists)
+
+
+@cute.jit
+def combine(work: Any, store: Store, warp: Int32, warps: int, barrier: int):
+    """Reduce partial results and store what comes of them: ``warps`` warps, which meet at named
+    barrier ``barrier``."""
+    work.splitkv.combine(
+        work.workspace, work.pieces, warp, warps, barrier,
+        functools.partial(reduced, work, store),
+    )  # fmt: skip
+
+
+@cute.jit
+def reduced(
+    work: Any, store: Store, piece: Piece, row: Int32, column: Int32, values,
+    maximum_log2: Float32, total: Float32,
+):  # fmt: skip
+    """Normalise and store neighbouring columns of a row."""
+    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
+    write(work, store, piece, row, column, scaled(values, scale))

@@ -115,7 +115,7 @@ def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Bar
     v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
     place = work.pieces.start
     while work.pieces.more(place):
-        piece = work.piece(place)
+        piece = work.pieces.piece(place)
         found = lookup(plan, mem, piece, piece.begin)
         for n in cutlass.range(piece.begin, piece.end, unroll=1):
             boxes = kind(plan, mem, shared, piece, n, found)
@@ -158,7 +158,7 @@ def query(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Ba
     phase = Int32(0)
     place = work.pieces.start
     while work.pieces.more(place):
-        piece = work.piece(place)
+        piece = work.pieces.piece(place)
         if piece.end > piece.begin:
             barriers.wait("q_empty", phase ^ 1)
             for first in cutlass.range(

@@ -71,7 +71,7 @@ def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, 
     held = Cursor(plan.v_stages)  # the first part that P V has not seen
     place = work.pieces.start
     while work.pieces.more(place):
-        piece = work.piece(place)
+        piece = work.pieces.piece(place)
         if piece.end > piece.begin:
             barriers.wait("q_full", q_phase)
             q_phase = q_phase ^ 1

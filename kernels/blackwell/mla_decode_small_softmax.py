@@ -142,7 +142,7 @@ def softmax(
     tally = Tally(Int32(0), Int32(0))
     place = work.pieces.start
     while work.pieces.more(place):
-        piece = work.piece(place)
+        piece = work.pieces.piece(place)
         if piece.end > piece.begin:
             threshold = work.threshold(piece)
             state = unseen(group, piece)

@@ -5,7 +5,7 @@ All roles ask `Work` and nothing else, so that they agree on every tile without 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import cutlass
@@ -19,7 +19,7 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Fixed
 from cute_fmha.kernels.blackwell.softmax import log2_threshold
 from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
-from cute_fmha.kernels.blackwell.worklist import Piece, Place, Sizes, WorkList, find
+from cute_fmha.kernels.blackwell.worklist import Piece, Sizes, WorkList, find
 
 VOTE, EXCHANGE, COMBINE = 1, 2, 3
 """Named barriers: two of the softmax warpgroup, and one of all warps."""
@@ -83,16 +83,6 @@ class Work(Fixed):
         if cutlass.const_expr(self.plan.cut is not Cut.WHOLE):
             with cute.arch.elect_one():
                 self.splitkv.start(self.workspace)
-
-    @cute.jit
-    def piece(self, place: Place):
-        """The piece at ``place``; one that does not exist has no tiles."""
-        piece = self.pieces.piece(place)
-        end = piece.end
-        if piece.exists == 0:
-            end = piece.begin
-        full_begin, full_end = cutlass.min(piece.full_begin, end), cutlass.min(piece.full_end, end)
-        return replace(piece, full_begin=full_begin, full_end=full_end, end=end)
 
     def window(self) -> tuple[Any, Any]:
         """Window sides; the Python integer −1 for a side that is not compiled in."""

@@ -77,9 +77,9 @@ class Piece(Carried):
     """KV tiles ``begin … end − 1`` of row block ``block`` of sequence ``batch``, which has
     ``length`` keys; those from ``full_begin`` to ``full_end − 1`` need no mask.
 
-    ``tiles`` are the KV tiles of the whole work tile. A piece that does not exist is passed over: a
-    cut has moved, or there are fewer KV tiles than splits. A work tile without KV tiles is one
-    whole piece without KV tiles.
+    ``tiles`` are the KV tiles of the whole work tile. A piece that does not exist has no KV tiles
+    and is passed over: a cut has moved, or there are fewer KV tiles than splits. A work tile
+    without KV tiles is one whole piece.
     """
 
     batch: Int32
@@ -170,7 +170,8 @@ class WorkList(Fixed):
         elif cutlass.const_expr(self.cutting.cut is Cut.FIXED):
             split = place.number - work * self.sizes.num_splits
             count = self.split_count(tiles)
-            low, high = split_tile_range(0, tiles, split, count)
+            low, high = split_tile_range(0, tiles, cutlass.min(split, count), count)
+            high = cutlass.min(high, tiles)  # of a split too many nothing is left
             exists = Int32(split < count)
             whole = Int32(count == 1)
         high, low = begin + high, begin + low

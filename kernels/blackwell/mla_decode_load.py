@@ -144,8 +144,9 @@ class Gathers:
         for four in cutlass.range(self.plan.boxes, unroll=1):
             pages = ptx.load_shared(self.tokens + four * rows * 4)
             for unit in cutlass.range_constexpr(cute.size(target, mode=[2])):
-                place = target.iterator.toint() + unit * UNIT_BYTES + four * rows * 128
-                ptx.gather_rows(
-                    place, self.tensor_map, (first + unit) * UNIT, pages, barrier.toint(),
-                    self.plan.pair,
-                )  # fmt: skip
+                place = target.iterator.toint() + four * rows * 128
+                with cute.arch.elect_one():
+                    ptx.tma_load(
+                        place, unit * UNIT_BYTES, self.tensor_map,
+                        [(first + unit) * UNIT, *pages], barrier.toint(), True, self.plan.pair,
+                    )  # fmt: skip

@@ -192,7 +192,7 @@ class MlaDecodeSmall:
             sVote: cute.struct.Align[cute.struct.MemRange[Int32, 8], 16]
             sKeep: cute.struct.MemRange[Int32, 2]
             sFound: cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16]
-            sTokens: cute.struct.Align[cute.struct.MemRange[Int32, plan.tile_n], 16]
+            sBoxes: cute.struct.Align[cute.struct.MemRange[Int32, plan.tile_n], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
 
@@ -258,5 +258,5 @@ class MlaDecodeSmall:
             sVote=storage.sVote.data_ptr().toint(),
             sKeep=storage.sKeep.get_tensor(cute.make_layout(2)),
             sFound=storage.sFound.get_tensor(cute.make_layout(FOUND)),
-            sTokens=storage.sTokens.get_tensor(cute.make_layout(plan.tile_n)),
+            sBoxes=storage.sBoxes.get_tensor(cute.make_layout(plan.tile_n)),
         )

@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
     BLOCK,
-    GATHERED,
     PART_BLOCKS,
     SmallPlan,
 )
 from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.ragged import cut
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
+from cute_fmha.kernels.blackwell.ragged import corner
 from cute_fmha.kernels.blackwell.worklist import Piece
 
 ABSENT = -1
 """A page that no cache has: its rows arrive as zeros."""
 
+TOGETHER = 2
+"""Parts that are fetched box by box, so that what finds a box is fetched for all of them."""
+
+ROW_BYTES = 128
+"""A row of a block, dense in shared memory."""
+
 
 @cute.jit
 def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
-    """What a lane looks up in the table for tile ``n``: (page, row of the page) of box ``lane``;
-    gathered, the pages of tokens ``lane`` and ``lane`` + 32.
+    """What a lane looks up in the table for tile ``n``: where box ``lane`` lies, in coordinates
+    (PAGE_ROW, PAGE, END) of a `ragged` map; gathered, the pages of tokens ``lane``, ``lane`` + 32.
 
     Of boxes and tokens past the sequence nothing is fetched, and their entries are not read."""
     lane, first = cute.arch.lane_idx(), n * plan.tile_n
@@ -38,101 +43,113 @@ def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
             token = first + half * 32 + lane
             if token < piece.length:
                 pages[half] = mem.mTable[piece.batch, token]
-        result = pages[0], pages[1]
+        result = pages
     else:
         page_rows = mem.mL.shape[0]
-        token, page = first + lane * plan.box, Int32(0)
+        token, page = first + box_of_lane(plan) * plan.box, Int32(0)
         slot = token // page_rows
-        if token < piece.length and lane < plan.boxes:
+        if token < piece.length:
             page = mem.mTable[piece.batch, slot]
-        result = page, token - slot * page_rows
+        rows = cutlass.max(cutlass.min(piece.length - token, plan.box), 0)
+        row, end = corner(page_rows, token - slot * page_rows, rows)
+        result = [row, page, end]
     return result
 
 
+def box_of_lane(plan: SmallPlan) -> Any:
+    """The box that a lane looks up; those without one do as the last one does."""
+    return 0 if plan.boxes == 1 else cutlass.min(cute.arch.lane_idx(), plan.boxes - 1)
+
+
+class Buffer(NamedTuple):
+    """Where ``blocks`` blocks from ``first`` on go, one after the other, and who is told."""
+
+    first: int
+    blocks: int
+    address: Int32
+    barrier: Any
+
+
+@dataclass(frozen=True)
+class Ring(Fixed):
+    """Buffers of ``blocks`` blocks, of which the barriers ``full`` tell."""
+
+    full: str
+    buffers: Any
+    blocks: int
+    size: int
+
+    def buffer(self, barriers: Barriers, at: Cursor, first: int) -> Buffer:
+        """The one at a place, for blocks from ``first`` on, whose bytes are now expected."""
+        address = self.buffers.iterator.toint() + at.index * self.size
+        barrier = barriers.expect_elected(self.full, self.size, at.index)
+        return Buffer(first, self.blocks, address, barrier)
+
+
 class Boxes:
-    """The boxes of one tile, made from what `lookup` gave every lane."""
+    """The boxes of one tile: what `lookup` gave every lane, made known to the one that fetches."""
 
-    def __init__(
-        self, plan: SmallPlan, mem: Global, shared: Shared, piece: Piece, n: Int32, found: Any
-    ) -> None:
-        page, row = found
-        self.tma = mem.tma
-        self.plan = plan
-        # (PAGE_ROW, D) from the first row on, cut where the sequence ends
-        self.sources = []
-        for i in range(plan.boxes):
-            source = mem.mL[None, None, cute.arch.shuffle_sync(page, i), None]
-            left = piece.length - n * plan.tile_n - i * plan.box
-            rows = cutlass.max(cutlass.min(left, plan.box), 0)
-            self.sources.append(cut(source, 0, cute.arch.shuffle_sync(row, i), rows))
-
-    def fetch(self, first: int, targets: list[cute.Tensor], barrier: Any) -> None:
-        """Blocks from ``first`` on, each to its target (BOX, 64, BOX_OF_TILE)."""
-        for b, target in enumerate(targets):
-            for i, source in enumerate(self.sources):
-                gBox = cute.local_tile(source, (self.plan.box, BLOCK), (0, first + b))
-                tLsL, tLgL = cpasync.tma_partition(
-                    self.tma, 0, cute.make_layout(1),
-                    cute.group_modes(target[None, None, i], 0, 2), cute.group_modes(gBox, 0, 2),
-                )  # fmt: skip
-                cute.copy(self.tma, tLgL, tLsL, tma_bar_ptr=barrier)
-
-
-class Gathers:
-    """The tokens of one tile, four at a time, made from what `lookup` gave every lane."""
-
-    def __init__(
-        self, plan: SmallPlan, mem: Global, shared: Shared, piece: Piece, n: Int32, found: Any
-    ) -> None:
+    def __init__(self, plan: SmallPlan, mem: Global, shared: Shared, found: Any) -> None:
         self.plan = plan
         self.tensor_map = ptx.tensor_map(mem.tma)
-        self.sTokens = shared.sTokens
-        cute.arch.sync_warp()
-        for half in range(2):
-            self.sTokens[half * 32 + cute.arch.lane_idx()] = found[half]
-        cute.arch.sync_warp()
+        self.found = found
+        self.numbers = shared.sBoxes.iterator.toint()
+        if plan.boxes > 1:
+            cute.arch.sync_warp()
+            if plan.gather:
+                for half, page in enumerate(found):
+                    shared.sBoxes[half * 32 + cute.arch.lane_idx()] = page
+            else:
+                ptx.store_shared(self.numbers + box_of_lane(plan) * 16, [*found, Int32(0)])
+            cute.arch.sync_warp()
 
-    @cute.jit
-    def fetch(self, first: int, targets: list[cute.Tensor], barrier: Any):
-        """Blocks from ``first`` on, each to its target."""
-        for four in cutlass.range(self.plan.boxes, unroll=4):
-            tokens = ptx.load_shared(self.sTokens.iterator.toint() + four * 16)
-            for b in cutlass.range_constexpr(len(targets)):
-                ptx.gather_rows(
-                    targets[b].iterator.toint() + four * GATHERED * BLOCK * 2, self.tensor_map,
-                    (first + b) * BLOCK, tokens, barrier.toint(),
-                )  # fmt: skip
+    def fetch(self, buffers: list[Buffer]) -> None:
+        """Box by box: what it is found by goes to uniform registers once. One lane."""
+        plan = self.plan
+        for i in range(plan.boxes):
+            found = self.found
+            if plan.boxes > 1:
+                found = ptx.load_shared(self.numbers, offset=i * 16)
+            for buffer in buffers:
+                for b in range(buffer.blocks):
+                    ptx.tma_load(
+                        buffer.address, b * plan.block_bytes + i * plan.box * ROW_BYTES,
+                        self.tensor_map,
+                        [(buffer.first + b) * BLOCK, *found[: 4 if plan.gather else 3]],
+                        buffer.barrier.toint(), plan.gather,
+                    )  # fmt: skip
 
 
 @cute.jit
 def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
-    """Reads: the block table, latents in global memory. Writes: sV, sR by TMA, sTokens.
+    """Reads: the block table, latents in global memory. Writes: sV, sR by TMA, sBoxes.
     Waits: v_empty, r_empty. Signals: v_full, r_full.
 
     Rows past the sequence are outside of the tensor map (`ragged`), as is page −1, and arrive as
     zeros, whatever memory holds there."""
-    kind = Gathers if plan.gather else Boxes
     v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
+    values = Ring("v_full", shared.sV, PART_BLOCKS, plan.part_bytes)
+    rope = Ring("r_full", shared.sR, plan.rope_blocks, plan.block_bytes)
     place = work.pieces.start
     while work.pieces.more(place):
         piece = work.pieces.piece(place)
         found = lookup(plan, mem, piece, piece.begin)
         for n in cutlass.range(piece.begin, piece.end, unroll=1):
-            boxes = kind(plan, mem, shared, piece, n, found)
+            boxes = Boxes(plan, mem, shared, found)
             # The table is asked for the next tile while the rings are full.
             found = lookup(plan, mem, piece, n + 1)
-            for part in cutlass.range_constexpr(plan.parts):
-                barriers.wait("v_empty", v.empty_phase, v.index)
-                bar = barriers.expect("v_full", plan.part_bytes, v.index)
-                targets = [shared.sV[None, None, None, b, v.index] for b in range(PART_BLOCKS)]
-                boxes.fetch(part * PART_BLOCKS, targets, bar)
-                v = v.next()
-            if cutlass.const_expr(plan.rope_blocks > 0):
-                barriers.wait("r_empty", r.empty_phase, r.index)
-                bar = barriers.expect("r_full", plan.block_bytes, r.index)
-                targets = [shared.sR[None, None, None, 0, r.index]]
-                boxes.fetch(plan.parts * PART_BLOCKS, targets, bar)
-                r = r.next()
+            for first in cutlass.range_constexpr(0, plan.parts, TOGETHER):
+                taken = []
+                for part in cutlass.range_constexpr(first, min(first + TOGETHER, plan.parts)):
+                    barriers.wait("v_empty", v.empty_phase, v.index)
+                    taken.append((values, v, part * PART_BLOCKS))
+                    v = v.next()
+                if cutlass.const_expr(plan.rope_blocks > 0 and first + TOGETHER >= plan.parts):
+                    barriers.wait("r_empty", r.empty_phase, r.index)
+                    taken.append((rope, r, plan.parts * PART_BLOCKS))
+                    r = r.next()
+                with cute.arch.elect_one():
+                    boxes.fetch([ring.buffer(barriers, at, block) for ring, at, block in taken])
         place = work.pieces.next(place, piece)
     # The last releases are the last signals of the tensor core: stay until they are in.
     for _stage in cutlass.range_constexpr(plan.v_stages):

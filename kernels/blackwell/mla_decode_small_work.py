@@ -57,7 +57,7 @@ class Shared(NamedTuple):
     sVote: Any  # address: (WARP, BUFFER), what the warps say of a tile
     sKeep: Any  # (BUFFER,): whether a tile is kept
     sFound: Any  # (FOUND,), see `worklist.find`
-    sTokens: Any  # (TOKEN,): pages of the tokens that are gathered next
+    sBoxes: Any  # (NUMBER,): where the boxes of the next tile lie, 4 each
 
 
 class Work(Fixed):

@@ -121,9 +121,14 @@ class Barriers:
 
     def expect(self, name: str, size: int, index: Any = 0) -> Any:
         """Arrive and announce ``size`` bytes; returns the mbarrier for the copies."""
-        self._check(name, "bytes")
         with cute.arch.elect_one():
-            cute.arch.mbarrier_arrive_and_expect_tx(self.at(name, index), size)
+            self.expect_elected(name, size, index)
+        return self.at(name, index)
+
+    def expect_elected(self, name: str, size: int, index: Any = 0) -> Any:
+        """`expect`, by the lane that the caller has elected."""
+        self._check(name, "bytes")
+        cute.arch.mbarrier_arrive_and_expect_tx(self.at(name, index), size)
         return self.at(name, index)
 
 

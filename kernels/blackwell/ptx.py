@@ -232,24 +232,31 @@ def tensor_map(atom: cute.CopyAtom, *, loc=None, ip=None) -> Int64:
 
 
 @dsl_user_op
-def gather_rows(
-    target: Int32, tensor_map: Int64, column: Any, rows: list[Int32], barrier: Int32,
-    pair: bool = False, *, loc=None, ip=None,
+def tma_load(
+    target: Int32, offset: int, tensor_map: Int64, coordinates: list[Any], barrier: Int32,
+    gather: bool = False, pair: bool = False, *, loc=None, ip=None,
 ) -> None:  # fmt: skip
-    """cp.async.bulk.tensor.tile::gather4 by the elected lane: the columns of a box from ``column``
-    on of four rows of a map (COLUMN, ROW), whose box has one row. Rows that do not exist arrive as
-    zeros. In a ``pair`` of CTAs the bytes count at the first one's barrier."""
+    """cp.async.bulk.tensor by the lane that the caller has elected: the box at ``coordinates``,
+    fastest first, to ``offset`` bytes from ``target``. What is outside of the map arrives as zeros.
+
+    gather: tile::gather4, coordinates (COLUMN, ROW, ROW, ROW, ROW) of a map whose box has one row.
+    pair: the bytes count at the barrier of the first CTA of a pair.
+    """
     space, group = "shared::cta", ""
     if pair:
         # Bit 24 of a shared address tells the CTAs of a pair apart.
         space, group, barrier = "shared::cluster", ".cta_group::2", barrier & 0xFEFFFFF8
-    values = (Int32(target), Int64(tensor_map), *map(Int32, (column, *rows, barrier)))
+    values: list[Any] = [Int32(target), Int64(tensor_map), Int32(barrier)]
+    place = []
+    for coordinate in coordinates:
+        place.append(str(coordinate) if isinstance(coordinate, int) else f"${len(values)}")
+        values += [] if isinstance(coordinate, int) else [Int32(coordinate)]
+    mode = "2d.{}.global.tile::gather4" if gather else f"{len(place)}d.{{}}.global.tile"
     _asm(
-        "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
-        f"@e cp.async.bulk.tensor.2d.{space}.global.tile::gather4.mbarrier::complete_tx::bytes"
-        f"{group} [$0], [$1, {{$2, $3, $4, $5, $6}}], [$7];\n\t}}",
-        [], [value.ir_value(loc=loc, ip=ip) for value in values], "r,l,r,r,r,r,r,r",
-        effects=True, loc=loc, ip=ip,
+        f"cp.async.bulk.tensor.{mode.format(space)}.mbarrier::complete_tx::bytes{group} "
+        f"[$0 + {offset}], [$1, {{{', '.join(place)}}}], [$2];",
+        [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        ",".join(["r", "l"] + ["r"] * (len(values) - 2)), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 

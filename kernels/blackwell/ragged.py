@@ -53,10 +53,15 @@ def ragged(tensor: cute.Tensor, mode: int) -> cute.Tensor:
     return cute.make_tensor(start, layout)
 
 
+def corner(extent: Any, start: Any, length: Any) -> tuple[Any, Any]:
+    """(x, z) of row 0 of the rows from ``start`` on that end after ``length`` of them."""
+    return extent - length, start + length
+
+
 def cut(tensor: cute.Tensor, mode: int, start: Any, length: Any) -> cute.Tensor:
     """Of a ragged tensor, as its TMA atom made it: without the last mode, rows counted from
     ``start`` on, those from ``length`` on outside."""
     rank = cute.rank(tensor) - 1
-    place = (*(None,) * rank, start + length)
-    missing = _extent(tensor, mode) - length
+    missing, end = corner(_extent(tensor, mode), start, length)
+    place = (*(None,) * rank, end)
     return cute.domain_offset(_along(mode, rank, tensor.shape, missing), tensor[place])

@@ -101,7 +101,9 @@ def _check_tensor(
     )
     if not matches:
         sizes = ", ".join("any" if want is None else str(want) for want in shape)
-        _require(False, f"{name} shape", tuple(tensor.shape), "{} = [{}]", meaning, sizes)
+        known = any(want is not None for want in shape)
+        allowed = "{} = [{}]" if known else "{}"
+        _require(False, f"{name} shape", tuple(tensor.shape), allowed, meaning, sizes)
     if contiguous and tensor.dim() > 0 and tensor.numel() > 0:
         _require(
             tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
@@ -203,7 +205,9 @@ def _repeat_key(
         None if block_mask is None else (block_mask.block_m, block_mask.block_n),
     )
     if epilogue is not None:
-        special_tensors = (*special, *getattr(epilogue, "tensors", ()))
+        if not isinstance(epilogue, EpilogueOp):
+            return None, ()
+        special_tensors = (*special, *epilogue.tensors)
         return repeat.key_of((*tensors, *special_tensors), (*options, type(epilogue))), special
     return repeat.key_of((*tensors, *special), options), special
 
@@ -233,7 +237,12 @@ def _resolve_epilogue(
 ) -> tuple[EpilogueOp, tuple[torch.Tensor, ...]]:
     """The op, its tensors checked."""
     op = IDENTITY if epilogue is None else epilogue
-    _require(isinstance(op, EpilogueOp), "epilogue", type(op).__name__, "an EpilogueOp or None")
+    _require(
+        isinstance(op, EpilogueOp),
+        "epilogue",
+        type(op).__name__,
+        "an instance of EpilogueOp, or None",
+    )
     tensors = op.tensors
     for tensor in tensors:
         _require(tensor.device == q.device, "epilogue tensor device", tensor.device, q.device)
@@ -297,12 +306,25 @@ def _check_query(q: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -
     _check_tensor("q", q, q, q.dtype, shape, meaning)
 
 
-def _check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_dim: int, kv_dim: int) -> None:
-    meaning = "{} dimensions (see cute_fmha.attention)"
-    _check_query(q, (None,) * q_dim, meaning.format(q_dim))
-    for name, tensor in (("k", k), ("v", v)):
+_KEY_SHAPES = {
+    "dense": ("[B, Sk, Hkv, D]", "[B, Sk, Hkv, Dv]"),
+    "packed": ("[total_k, Hkv, D]", "[total_k, Hkv, Dv]"),
+    "paged": ("[pages, page_size, Hkv, D]", "[pages, page_size, Hkv, Dv]"),
+}
+"""Of k and v."""
+
+
+def _check_qkv(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_q: bool, layout: str
+) -> None:
+    if packed_q:
+        _check_query(q, (None,) * 3, "[total_q, Hq, D]")
+    else:
+        _check_query(q, (None,) * 4, "[B, Sq, Hq, D]")
+    sizes = (None,) * (3 if layout == "packed" else 4)
+    for name, tensor, meaning in zip(("k", "v"), (k, v), _KEY_SHAPES[layout], strict=True):
         _require(isinstance(tensor, torch.Tensor), name, type(tensor).__name__, "a torch.Tensor")
-        _check_tensor(name, tensor, q, q.dtype, (None,) * kv_dim, meaning.format(kv_dim))
+        _check_tensor(name, tensor, q, q.dtype, sizes, meaning)
     _require(
         k.shape[:-1] == v.shape[:-1],
         "v shape",
@@ -396,9 +418,8 @@ def attention(
 
     Returns:
         ``out`` ``[..., Hq, Dv]`` shaped like q (or what the epilogue makes of it), or
-        ``(out, lse)`` with FP32 ``lse``
-        ``[B, Hq, Sq]`` (packed q: ``[Hq, total_q]``). A row with nothing to attend to gives 0 and
-        −inf.
+        ``(out, lse)`` with FP32 ``lse`` ``[B, Hq, Sq]`` (packed q: ``[Hq, total_q]``). A row with
+        nothing to attend to gives 0 and −inf (an LSE with a sink is the sink).
 
     Raises:
         ValueError: an argument is out of range; the message names it and what is allowed.
@@ -432,7 +453,7 @@ def attention(
     _require(
         not (packed_k and paged), "block_table", "given with cu_seqlens_k", "paged or packed keys"
     )
-    _check_qkv(q, k, v, 3 if packed_q else 4, 3 if packed_k else 4)
+    _check_qkv(q, k, v, packed_q, "paged" if paged else "packed" if packed_k else "dense")
     counters = _resolve_common(q, sink, stats, workspace, backend)
     batch = q.shape[0]
     if cu_seqlens_q is not None:
@@ -567,6 +588,7 @@ def mla_decode(
     )  # fmt: skip
     _require(q.shape[2] > 0, "q heads", q.shape[2], "at least 1")
     meaning = "[pages, page_size, 1, width of q]"
+    _require(kv_cache is not None, "kv_cache", None, "a torch.Tensor {}", meaning)
     _check_tensor("kv_cache", kv_cache, q, q.dtype, (None, None, 1, width), meaning)
     counters = _resolve_common(q, sink, stats, workspace, backend)
     batch = q.shape[0]

@@ -5,7 +5,7 @@ the same package versions and on the same kind of processor, a call that needs o
 there. Head dims, dtypes and options make a kernel, the batch and long lengths do not; how heads are
 packed into tiles depends on h and on short sq.
 
-Examples::
+Examples:
 
     python -m cute_fmha.compile --problem s4096,h32,d128,causal
     python -m cute_fmha.compile --arch all --problem s4096,hq32,hkv8,d128,causal,fp16 \\
@@ -19,7 +19,6 @@ import argparse
 import dataclasses
 import json
 import logging
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -116,7 +115,7 @@ def text_of(found: dict[str, Any], seconds: float) -> str:
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cute_fmha.compile",
-        description=re.sub("::$", ":", __doc__ or "", flags=re.MULTILINE),
+        description=__doc__,
         epilog=SYNTAX,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

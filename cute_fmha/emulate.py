@@ -11,7 +11,7 @@ TARGET is one of
 
 Examples::
 
-    python -m cute_fmha.emulate examples/vector_add.py:main --policy all
+    python -m cute_fmha.emulate double.py:check --policy all
     python -m cute_fmha.emulate my_kernels.attention:check --policy random --seed 7 --slice 16
     python -m cute_fmha.emulate fmha.py --trace 0 --out results -- --q_shape 1,256,1,64
     python -m cute_fmha.emulate --kernel prefill --problem b2,sq300,sk512,hq8,hkv2,d128,causal,bf16

@@ -3,9 +3,9 @@
     from cute_fmha.adapters.flashmla import flash_mla_with_kvcache, get_mla_metadata
 
 Differences a caller can notice: the scheduling metadata is an empty placeholder (the kernel
-schedules itself, so any cache lengths may follow one another), the page size may be 1, 16, 32, 64
-or 128, `num_heads_k` is 1, and sparse or FP8 calls raise `NotImplementedError`. One small kernel
-follows the attention kernel: FlashMLA gives rows without a visible key an LSE of +inf,
+schedules itself, so any cache lengths may follow one another), pages may have other sizes than 64,
+`num_heads_k` is 1, and sparse or FP8 calls raise `NotImplementedError`. One small kernel follows
+the attention kernel: FlashMLA gives rows without a visible key an LSE of +inf,
 `cute_fmha.mla_decode` gives them −inf. A caller who does not need that saves a launch by calling
 `cute_fmha.mla_decode` with ``return_lse=True``.
 """

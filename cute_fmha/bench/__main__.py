@@ -1,6 +1,6 @@
 """``python -m cute_fmha.bench {prefill,decode,mla-decode}``: time ours against its peers.
 
-Examples::
+Examples:
 
     python -m cute_fmha.bench prefill --preset anchors --ceilings --out results
     python -m cute_fmha.bench mla-decode --peers flashmla --shapes 128,1,128,4096 1,1,16,131072

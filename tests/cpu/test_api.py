@@ -12,7 +12,7 @@ import torch
 
 import cute_fmha
 from cute_fmha import BlockMask, SkipSoftmax, SkipStats, api, dispatch, skip_softmax
-from cute_fmha.epilogues import Identity
+from cute_fmha.epilogues import FP8, Identity
 from cute_fmha.problem import Problem, Target, target_of
 from cute_fmha.testing import (
     Heads,
@@ -115,9 +115,10 @@ REFUSALS = [
         "out dtype", "bfloat16", "float32",
     ),
     # shapes
-    Refusal(D, {"q": tensor(4, 4, 64)}, "q shape", "(4, 4, 64)", "4 dimensions"),
-    Refusal(P, {"q": tensor(1, 5, 4, 64)}, "q shape", "(1, 5, 4, 64)", "3 dimensions"),
-    Refusal(P, {"k": tensor(1, 9, 2, 64)}, "k shape", "(1, 9, 2, 64)", "3 dimensions"),
+    Refusal(D, {"q": tensor(4, 4, 64)}, "q shape", "(4, 4, 64)", "[B, Sq, Hq, D]"),
+    Refusal(P, {"q": tensor(1, 5, 4, 64)}, "q shape", "(1, 5, 4, 64)", "[total_q, Hq, D]"),
+    Refusal(P, {"k": tensor(1, 9, 2, 64)}, "k shape", "(1, 9, 2, 64)", "[total_k, Hkv, D]"),
+    Refusal(G, {"v": tensor(9, 2, 64)}, "v shape", "(9, 2, 64)", "[pages, page_size, Hkv, Dv]"),
     Refusal(D, {"k": tensor(3, 8, 2, 64), "v": tensor(3, 8, 2, 64)}, "k batch", "3", "of q, 2"),
     Refusal(D, {"v": tensor(2, 7, 2, 64)}, "v shape", "(2, 7, 2, 64)", "2, 8, 2, 64"),
     Refusal(D, {"v": tensor(2, 8, 4, 64)}, "v shape", "(2, 8, 4, 64)", "2, 8, 2, 64"),
@@ -185,6 +186,7 @@ REFUSALS = [
     Refusal(D, {"k": None}, "k", "NoneType", "torch.Tensor"),
     Refusal(M, {"q": None}, "q", "NoneType", "torch.Tensor"),
     Refusal(M, {"kv_cache": 1}, "kv_cache", "int", "torch.Tensor"),
+    Refusal(M, {"kv_cache": None}, "kv_cache", "None", "[pages, page_size, 1, width of q]"),
     Refusal(M, {"block_table": None}, "block_table", "None", "int32"),
     Refusal(M, {"cache_seqlens": None}, "cache_seqlens", "None", "int32"),
     Refusal(P, {"cu_seqlens_q": [0, 2, 5]}, "cu_seqlens_q", "list", "torch.Tensor"),
@@ -196,6 +198,7 @@ REFUSALS = [
     Refusal(D, {"skip": 0.1}, "skip", "float", "SkipSoftmax"),
     Refusal(D, {"stats": [0, 0]}, "stats", "list", "SkipStats"),
     Refusal(D, {"epilogue": torch.float16}, "epilogue", "dtype", "EpilogueOp"),
+    Refusal(D, {"epilogue": FP8}, "epilogue", "type", "an instance of EpilogueOp"),
     Refusal(D, {"backend": "cuda"}, "backend", "'cuda'", "auto, blackwell, triton"),
     Refusal(M, {"backend": None}, "backend", "None", "auto, blackwell, triton"),
     Refusal(P, {"cu_seqlens_k": None}, "cu_seqlens_q, cu_seqlens_k", "only one", "both"),

@@ -51,9 +51,16 @@ def kernel_target(kernel: str, text: str, device: Device, seed: int) -> Callable
 def _run(problem: ProblemText, tiles: Tiles, seed: int) -> Outcome:
     case, skip = problem.case(seed), problem.skip_softmax
     stats = SkipStats("cpu") if problem.stats else None
-    out, lse = case.run(skip=skip, stats=stats, epilogue=problem.op, backend="emulator")
+    options = {"return_max_logits": True} if problem.logits else {}
+    more: list[torch.Tensor]
+    out, lse, *more = case.run(
+        skip=skip, stats=stats, epilogue=problem.op, num_splits=problem.num_splits or None,
+        backend="emulator", **options,
+    )  # fmt: skip
     expected = case.oracle(tiles, skip)
     pairs = {"output": (out, expected.out), "LSE": (lse, expected.lse)}
+    if problem.logits:
+        pairs["largest logits"] = (more[0], expected.max_logits)
     note = failure = ""
     if stats is not None:
         counts, wanted = stats.read(), (expected.skipped, expected.total)

@@ -41,6 +41,7 @@ PROBLEM is a list of words, separated by commas; a word's number follows directl
   skip, skip0.01        skip-softmax; the number is its threshold
   stats                 count skipped tiles
   lse                   return the log-sum-exp
+  logits                return every row's largest logit (mla)
   packed, paged64       cu_seqlens; or a paged cache and its page size
   blocks64x128          block mask of so many queries and keys
   mla                   mla_decode (paged64, d576 unless told), else attention
@@ -49,7 +50,7 @@ PROBLEM is a list of words, separated by commas; a word's number follows directl
 """
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-_FLAGS = ("causal", "sink", "stats", "lse", "packed", "mla")
+_FLAGS = ("causal", "sink", "stats", "lse", "logits", "packed", "mla")
 _NUMBERS = {
     "b": "batch", "sq": "seqlen_q", "sk": "seqlen_k", "hq": "heads_q", "hkv": "heads_kv",
     "d": "head_dim", "dv": "head_dim_v", "paged": "page_size", "splits": "num_splits",
@@ -88,6 +89,7 @@ class ProblemText:
     sink: bool = False
     stats: bool = False
     lse: bool = False
+    logits: bool = False
     packed: bool = False
     mla: bool = False
     epilogue: str = ""
@@ -134,6 +136,7 @@ class ProblemText:
             extra=extra and kind_of(torch.empty(extra.shape, dtype=extra.dtype)),
             num_splits=self.num_splits,
             lse=self.lse,
+            max_logits=self.logits,
         )
 
     def case(self, seed: int) -> AttentionCase | MlaCase:
@@ -195,6 +198,8 @@ def parse(text: str) -> ProblemText:
     if not given["head_dim"]:
         raise ProblemError(f"{text!r} lacks the head dim, as in d128")
     problem = ProblemText(text, **given)
+    if problem.logits and not mla:
+        raise ProblemError(f"{text!r}: logits is a word for mla")
     if problem.heads_q % problem.heads_kv:
         raise ProblemError(f"{text!r}: hq has to be a multiple of hkv")
     return problem

@@ -29,7 +29,7 @@ from cute_fmha.problem import Problem, Target
 
 from . import capture as cap
 from .build import BuildError, compiler
-from .device import Device, DeviceTensor, Memory
+from .device import Device, DeviceTensor, Memory, find_memory
 from .machine import Policy
 
 if TYPE_CHECKING:
@@ -142,11 +142,7 @@ def capture(
     ]
     values = arguments(call)
     # Also what is not the caller's: a workspace of the library's own.
-    memory += [
-        Memory.of(f"argument {i}", value)
-        for i, value in enumerate(values)
-        if isinstance(value, torch.Tensor)
-    ]
+    find_memory("arguments", values, memory)
     given = [_device_argument(value) for value in values]
     return cap.collect(binary, lambda function: function(*given), memory, device)
 

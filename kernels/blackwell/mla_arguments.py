@@ -1,10 +1,28 @@
-"""Run-time values of the MLA decode kernels, in the order their callers pass them."""
+"""What a call hands to an MLA decode kernel, in the order that its callers pass it."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import cutlass.cute as cute
 from cutlass import Float32, Int32
+
+
+class Tensors(NamedTuple):
+    """Tensors of a call; None for what a plan has not compiled in."""
+
+    mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD, D)
+    mKV: cute.Tensor  # (PAGE, PAGE_ROW, 1, D)
+    mTable: cute.Tensor  # (BATCH, MAX_PAGES)
+    mLens: cute.Tensor  # (BATCH,)
+    mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD, DV)
+    mLSE: cute.Tensor | None  # (BATCH, HEAD, SEQ_Q)
+    mMaxLogits: cute.Tensor | None  # (BATCH, HEAD, SEQ_Q)
+    mSink: cute.Tensor | None  # (HEAD,)
+    mSkip: cute.Tensor | None  # (1,): in place of the scalar
+    mStats: cute.Tensor | None  # (2,): KV tiles skipped, and all
+    mCounters: cute.Tensor | None  # (COUNTERS,), see `splitkv`
+    mPartial: cute.Tensor | None  # (FLOATS,)
 
 
 class Scalars(NamedTuple):

@@ -68,7 +68,7 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.device import DTYPES
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE, COMBINE_WARPS, epilogue, write
 from cute_fmha.kernels.blackwell.mla_decode_load import load
 from cute_fmha.kernels.blackwell.mla_decode_mma import mma
@@ -101,41 +101,22 @@ class MlaDecode:
 
     @cute.jit
     def __call__(
-        self,
-        mQ: cute.Tensor,
-        mKV: cute.Tensor,
-        mTable: cute.Tensor,
-        mLens: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
-        mSink: cute.Tensor,
-        mSkip: cute.Tensor,
-        mStats: cute.Tensor,
-        mCounters: cute.Tensor,
-        mPartial: cute.Tensor,
-        scalars: Scalars,
-        ctas: Int32,
-        op: tuple[Any, ...] | None,
+        self, tensors: Tensors, scalars: Scalars, ctas: Int32, op: tuple[Any, ...] | None,
         stream: CUstream,
-    ):
-        """Launch on mQ [B, Sq, Hq, D], mKV [PAGES, PAGE, 1, D] and mO [B, Sq, Hq, Dv], whose
-        positions and heads follow each other evenly, with at most ``ctas`` CTAs. ``op``: what the
-        epilogue op reads, and its second output."""
+    ):  # fmt: skip
+        """Launch with at most ``ctas`` CTAs. Positions and heads of mO follow each other evenly.
+        ``op``: what the epilogue op reads, and its second output."""
         plan = self.plan
+        mQ, mKV, mTable, mLens, mO = tensors[:5]
         tma_latent, tma_rope, gKV = self.maps(mKV)
-        mOut = mO
         tma_o, gO = self.output(mO)
         mem = Global(
-            mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, mOut, mLSE, mSink, mSkip,
-            mStats, mCounters, mPartial, op,
+            mQ, tma_latent, tma_rope, gKV, mTable, mLens, tma_o, gO, *tensors[4:], op
         )  # fmt: skip
         clusters = most_workers(
-            plan.cutting,
-            mQ.shape[1] * mQ.shape[2],
-            mQ.shape[0],
-            mTable.shape[1] * mKV.shape[1],
+            plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
             scalars.num_splits,
-        )
+        )  # fmt: skip
         clusters = cutlass.min(clusters, cutlass.max(ctas // plan.ctas, 1))
         self.kernel(mem, scalars).launch(
             grid=(clusters * plan.ctas, 1, 1), block=(plan.threads, 1, 1),
@@ -268,6 +249,7 @@ class MlaDecode:
             "sMax": cute.struct.MemRange[Float32, 4 * ROWS],
             "sTotal": cute.struct.MemRange[Float32, 2 * ROWS],
             "sRowMax": cute.struct.MemRange[Float32, ROWS],
+            "sLargest": cute.struct.MemRange[Float32, ROWS * plan.features.max_logits],
             "sKeep": cute.struct.MemRange[Int32, 2 * plan.ctas],
             "sKept": cute.struct.MemRange[Int32, 1],
             "sFound": cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16],
@@ -304,6 +286,11 @@ class MlaDecode:
             sMax=storage.sMax.get_tensor(cute.make_layout((2 * ROWS, 2))),
             sTotal=storage.sTotal.get_tensor(cute.make_layout(2 * ROWS)),
             sRowMax=storage.sRowMax.get_tensor(cute.make_layout(ROWS)),
+            sLargest=(
+                storage.sLargest.get_tensor(cute.make_layout(ROWS))
+                if plan.features.max_logits
+                else None
+            ),
             sKeep=storage.sKeep.get_tensor(cute.make_layout((2, plan.ctas), stride=(plan.ctas, 1))),
             sKept=storage.sKept.get_tensor(cute.make_layout(1)),
             sFound=storage.sFound.get_tensor(cute.make_layout(FOUND)),

@@ -15,6 +15,7 @@ from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
 from cute_fmha.kernels.blackwell.mla_output import outcome
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.softmax import EMPTY
+from cute_fmha.kernels.blackwell.splitkv import Statistics
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 COMBINE_WARPS = 8
@@ -29,8 +30,8 @@ def epilogue(
     plan: MlaPlan, work: Work, store: Store, mem: Global, shared: Shared, scalars: Scalars,
     tmem: cute.Pointer, barriers: Barriers,
 ):  # fmt: skip
-    """Reads: O, sTotal, sRowMax. Writes: the chunk buffers, LSE; of a part of a work tile its
-    partial result.
+    """Reads: O, sTotal, sRowMax, sLargest. Writes: the chunk buffers, LSE, largest logits; of a
+    part of a work tile its partial result.
     Waits: stats_full, o_full, chunk_empty. Signals: stats_empty, o_empty, chunk_full.
     Registers: 152, in a pair 104."""
     thread = cute.arch.thread_idx()[0] % 128
@@ -42,20 +43,26 @@ def epilogue(
         piece = work.pieces.piece(place)
         empty = Boolean(True)
         total, row_max = Float32(0.0), Float32(EMPTY)
+        largest = row_max
         if piece.end > piece.begin:
             barriers.wait("stats_full", phase)
             total = shared.sTotal[thread] + shared.sTotal[thread ^ ROWS]
             row_max = shared.sRowMax[thread % ROWS]
+            if cutlass.const_expr(plan.features.max_logits):
+                largest = shared.sLargest[thread % ROWS]
             empty = shared.sKept[0] == 0
             barriers.arrive("stats_empty")
             barriers.wait_tmem("o_full", phase)
             phase = phase ^ 1
-        maximum_log2 = row_max * scalars.scale_log2
+        statistics = Statistics(
+            row_max * scalars.scale_log2, total,
+            largest * scalars.scale_log2 if plan.features.max_logits else None,
+        )  # fmt: skip
         if piece.exists != 0:
             if piece.whole != 0:
                 # Or the addresses of a row's pieces would be made before the loop, and spilled.
                 lane = ptx.opaque(thread)
-                scale = outcome(work, piece, lane % ROWS, maximum_log2, total, lane < ROWS)
+                scale = outcome(work, piece, lane % ROWS, statistics, lane < ROWS)
                 apply = store.apply(work.output_row(piece, lane % ROWS), mem.op)
                 for run in cutlass.range_constexpr(plan.runs):
                     first = run * plan.leaving.columns
@@ -65,7 +72,7 @@ def epilogue(
                         lambda c, column=column: column + c * plan.leaving.chunk_columns,
                     )  # fmt: skip
             elif cutlass.const_expr(plan.cut is not Cut.WHOLE):
-                partial(work, place, piece, tO, thread, empty, maximum_log2, total)
+                partial(work, place, piece, tO, thread, empty, statistics)
         if piece.end > piece.begin:
             barriers.arrive_tmem("o_empty")
         place = work.pieces.next(place, piece)
@@ -74,7 +81,7 @@ def epilogue(
 @cute.jit
 def partial(
     work: Work, place: Place, piece: Piece, tO: Int32, thread: Int32, empty: Boolean,
-    maximum_log2: Float32, total: Float32,
+    statistics: Statistics,
 ):  # fmt: skip
     """The partial result of a piece, and its announcement."""
     plan, splitkv = work.plan, work.splitkv
@@ -87,7 +94,7 @@ def partial(
             values = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
         splitkv.write(slot, row, plan.value_column(c, half), values)
     if thread < ROWS:
-        splitkv.write_row(slot, row, maximum_log2, total)
+        splitkv.write_row(slot, row, statistics)
     ptx.barrier_sync(Int32(PARTIAL), 128)
     if thread == 0:
         splitkv.arrive(work.workspace, work.pieces, place, piece)

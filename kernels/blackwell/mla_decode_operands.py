@@ -31,6 +31,7 @@ class Global(NamedTuple):
     gO: cute.Tensor  # (ROW, CHUNK_COLUMN, HALF, CHUNKS, BATCH)
     mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD, DV)
     mLSE: cute.Tensor  # (BATCH, HEAD, SEQ_Q)
+    mMaxLogits: cute.Tensor  # (BATCH, HEAD, SEQ_Q)
     mSink: cute.Tensor  # (HEAD,)
     mSkip: cute.Tensor  # (1,): in place of the scalar
     mStats: cute.Tensor  # (2,): KV tiles skipped, and all
@@ -51,6 +52,7 @@ class Shared(NamedTuple):
     sMax: Any  # (LANE, 2): maximum of a row's half of a tile, by turns
     sTotal: Any  # (LANE,): at the end Σ P of half a row
     sRowMax: Any  # (ROW,): at the end the maximum
+    sLargest: Any  # (ROW,): at the end the largest score; None where nobody asks for it
     sKeep: Any  # (2, CTA): votes to keep a tile, by turns
     sKept: Any  # (1,): at the end whether any tile was kept
     sFound: Any  # (FOUND,), see `worklist.find`

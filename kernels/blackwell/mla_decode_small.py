@@ -63,7 +63,7 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.device import DTYPES
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.mla_decode_small_load import load, query
 from cute_fmha.kernels.blackwell.mla_decode_small_mma import mma
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
@@ -124,26 +124,13 @@ class MlaDecodeSmall:
 
     @cute.jit
     def __call__(
-        self,
-        mQ: cute.Tensor,
-        mKV: cute.Tensor,
-        mTable: cute.Tensor,
-        mLens: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
-        mSink: cute.Tensor,
-        mSkip: cute.Tensor,
-        mStats: cute.Tensor,
-        mCounters: cute.Tensor,
-        mPartial: cute.Tensor,
-        scalars: Scalars,
-        ctas: Int32,
-        op: tuple[Any, ...] | None,
+        self, tensors: Tensors, scalars: Scalars, ctas: Int32, op: tuple[Any, ...] | None,
         stream: CUstream,
-    ):
+    ):  # fmt: skip
         """Launch with at most ``ctas`` CTAs. ``op``: what the epilogue op reads, and its second
         output."""
         plan = self.plan
+        mQ, mKV, mTable = tensors[:3]
         # (PAGE_ROW, D, PAGE)
         mL = cute.make_tensor(mKV.iterator, cute.select(mKV.layout, mode=[1, 3, 0]))
         if cutlass.const_expr(plan.gather):
@@ -159,9 +146,7 @@ class MlaDecodeSmall:
         )
         load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
         tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, shape)
-        mem = Global(
-            tma, mL, mQ, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters, mPartial, op
-        )
+        mem = Global(tma, mL, mQ, *tensors[2:], op)
         workers = most_workers(
             plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
             scalars.num_splits,
@@ -189,6 +174,7 @@ class MlaDecodeSmall:
             sMax: cute.struct.MemRange[Float32, 4 * plan.rows]
             sFade: cute.struct.MemRange[Float32, 4 * plan.rows]
             sMinus: cute.struct.MemRange[Float32, plan.rows]
+            sLargest: cute.struct.MemRange[Float32, 4 * plan.rows * plan.features.max_logits]
             sVote: cute.struct.Align[cute.struct.MemRange[Int32, 8], 16]
             sKeep: cute.struct.MemRange[Int32, 2]
             sFound: cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16]
@@ -255,6 +241,7 @@ class MlaDecodeSmall:
             sMax=storage.sMax.get_tensor(by_warp),
             sFade=storage.sFade.get_tensor(by_warp),
             sMinus=storage.sMinus.get_tensor(cute.make_layout(plan.rows)),
+            sLargest=(storage.sLargest.get_tensor(by_warp) if plan.features.max_logits else None),
             sVote=storage.sVote.data_ptr().toint(),
             sKeep=storage.sKeep.get_tensor(cute.make_layout(2)),
             sFound=storage.sFound.get_tensor(cute.make_layout(FOUND)),

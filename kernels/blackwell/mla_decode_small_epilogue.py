@@ -14,6 +14,7 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS
 from cute_fmha.kernels.blackwell.mla_decode_small_work import EXCHANGE, Group
 from cute_fmha.kernels.blackwell.mla_output import outcome, write
 from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
+from cute_fmha.kernels.blackwell.splitkv import Statistics
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 RUN = 16
@@ -34,28 +35,33 @@ def swizzled(column: Int32) -> Int32:
 
 
 @cute.jit
-def finish(group: Group, store: Store, place: Place, piece: Piece, minus, total, count: Int32):
+def finish(group: Group, store: Store, place: Place, piece: Piece, state, count: Int32):
     """Of a piece that has tiles, ``count`` so far in all, store O and LSE, or its partial result if
-    it is not a whole work tile."""
+    it is not a whole work tile. ``state``: `Rows` of `mla_decode_small_softmax`."""
     shared, rows = group.shared, group.rows()
-    totals = []
+    totals, tops = [], list(state.largest)
     for i in cutlass.range_constexpr(len(rows)):
-        sum_of_warp = total[i]
+        sum_of_warp = state.total[i]
         for distance in (4, 8, 16):
             sum_of_warp += cute.arch.shuffle_sync_bfly(sum_of_warp, distance)
         totals.append(sum_of_warp)
+    for i in cutlass.range_constexpr(len(tops)):
+        for distance in (4, 8, 16):
+            tops[i] = cute.arch.fmax(tops[i], cute.arch.shuffle_sync_bfly(tops[i], distance))
     cute.arch.sync_warp()
     if group.lane < 4:
         for i in cutlass.range_constexpr(len(rows)):
             shared.sFade[rows[i], group.warp] = totals[i]
             if group.warp == 0:
-                shared.sMinus[rows[i]] = minus[i]
+                shared.sMinus[rows[i]] = state.minus[i]
+        for i in cutlass.range_constexpr(len(tops)):
+            shared.sLargest[rows[i], group.warp] = tops[i]
     cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
     group.wait_product(count - 1)
     if piece.whole != 0:
         scales = []
         for row in own_rows(group):
-            scales.append(outcome(group.work, piece, row, *statistics(group, row), lead(group)))
+            scales.append(outcome(group.work, piece, row, statistics(group, row), lead(group)))
         transposed(
             group, lambda j, row, column, values: write(
                 group.work, store, piece, row, column, scaled(values, scales[j])
@@ -66,7 +72,7 @@ def finish(group: Group, store: Store, place: Place, piece: Piece, minus, total,
         slot = work.splitkv.own_address(work.workspace, work.pieces, place, piece)
         if lead(group):
             for row in own_rows(group):
-                work.splitkv.write_row(slot, row, *statistics(group, row))
+                work.splitkv.write_row(slot, row, statistics(group, row))
         transposed(
             group,
             lambda j, row, column, values: work.splitkv.write(slot, row, column, values),
@@ -81,10 +87,15 @@ def lead(group: Group) -> Boolean:
     return group.lane % (COLUMNS // RUN) == 0
 
 
-def statistics(group: Group, row: Int32) -> tuple[Float32, Float32]:
-    """(maximum in base 2, Σ P) of a row, when `finish` has collected them."""
-    a, b, c, d = (group.shared.sFade[row, warp] for warp in range(4))
-    return -group.shared.sMinus[row], (a + b) + (c + d)
+def statistics(group: Group, row: Int32) -> Statistics:
+    """Of a row, when `finish` has collected them."""
+    shared, largest = group.shared, None
+    a, b, c, d = (shared.sFade[row, warp] for warp in range(4))
+    if group.plan.features.max_logits:
+        tops = [shared.sLargest[row, warp] for warp in range(4)]
+        largest = cute.arch.fmax(*(cute.arch.fmax(*tops[i : i + 2]) for i in (0, 2)))
+        largest = largest * group.scalars.scale_log2
+    return Statistics(-shared.sMinus[row], (a + b) + (c + d), largest)
 
 
 @cute.jit
@@ -115,9 +126,11 @@ def transposed(group: Group, output: cutlass.Constexpr):
 def nothing(group: Group, store: Store, piece: Piece):
     """Store what a work tile without tiles gives: zeros."""
     empty = EMPTY * group.scalars.scale_log2
+    largest = empty if group.plan.features.max_logits else None
+    statistics = Statistics(empty, Float32(0.0), largest)
     first = (group.warp * 32 + group.lane) * RUN % COLUMNS
     for row in own_rows(group):
-        outcome(group.work, piece, row, empty, Float32(0.0), lead(group))
+        outcome(group.work, piece, row, statistics, lead(group))
         for part in cutlass.range(group.plan.parts, unroll=1):
             zeros = [Float32(0.0)] * RUN
             write(group.work, store, piece, row, part * COLUMNS + first, zeros)

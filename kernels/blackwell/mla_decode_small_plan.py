@@ -85,7 +85,7 @@ class SmallPlan:
     @property
     def slots(self) -> Slots:
         """Partial results: a thread writes neighbouring columns of a row."""
-        return Slots(self.rows, self.head_dim_v, row_minor=False)
+        return Slots(self.rows, self.head_dim_v, row_minor=False, largest=self.features.max_logits)
 
     @property
     def leaving(self) -> Leaving:
@@ -164,7 +164,7 @@ class SmallPlan:
             "rope": self.r_stages * self.rope_blocks * self.block_bytes,
             "P": 2 * self.p_bytes,
             "O": self.rows * COLUMNS * 4,
-            "statistics": 4 * (4 + 4 + 1) * self.rows,
+            "statistics": 4 * (4 + 4 + 1 + 4 * self.features.max_logits) * self.rows,
             "other": OTHER_BYTES,
         }
 

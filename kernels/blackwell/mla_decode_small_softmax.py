@@ -47,20 +47,23 @@ KEEPS, RAISES = 1, 2
 
 @dataclass
 class Rows:
-    """Of every row of a thread: −c·m, the thread's part of Σ P, and, where tiles are skipped, − c
-    times the maximum of the kept tiles, which decides."""
+    """Of every row of a thread: −c·m, the thread's part of Σ P, where tiles are skipped − c times
+    the maximum of the kept tiles, which decides, and where it is asked for the largest score of the
+    thread's tokens."""
 
     minus: list[Float32]
     total: list[Float32]
     running: list[Float32]
+    largest: list[Float32]
 
     def __extract_mlir_values__(self) -> list[Any]:
-        return [Float32(x).ir_value() for x in (*self.minus, *self.total, *self.running)]
+        lists = (self.minus, self.total, self.running, self.largest)
+        return [Float32(x).ir_value() for numbers in lists for x in numbers]
 
     def __new_from_mlir_values__(self, values: list[Any]) -> Rows:
-        numbers = [Float32(value) for value in values]
-        count = len(self.minus)
-        return Rows(numbers[:count], numbers[count : 2 * count], numbers[2 * count :])
+        numbers = iter(map(Float32, values))
+        lists = (self.minus, self.total, self.running, self.largest)
+        return Rows(*([next(numbers) for _ in old] for old in lists))
 
 
 @dataclass
@@ -131,7 +134,7 @@ def softmax(
     plan: SmallPlan, dtype, store: Store, work: Work, mem: Global, shared: Shared, scalars: Scalars,
     tmem: cute.Pointer, barriers: Barriers,
 ):  # fmt: skip
-    """Reads: S, O. Writes: P, sKeep, O and LSE in global memory.
+    """Reads: S, O. Writes: P, sKeep, O, LSE and the largest logits in global memory.
     Waits: s_full, o_full. Signals: p_full."""
     thread = cute.arch.thread_idx()[0]
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -153,7 +156,7 @@ def softmax(
                 state, tally = step(group, piece, threshold, n, state, tally, False)
             for n in cutlass.range(piece.full_end, piece.end, unroll=1):
                 state, tally = step(group, piece, threshold, n, state, tally, True)
-            finish(group, store, place, piece, state.minus, state.total, tally.count)
+            finish(group, store, place, piece, state, tally.count)
         elif piece.exists != 0:
             nothing(group, store, piece)
         place = work.pieces.next(place, piece)
@@ -170,8 +173,10 @@ def unseen(group: Group, piece: Piece) -> Rows:
         _, _, exists = group.work.position(piece, row)
         maximum = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
         minus.append(-maximum * group.scalars.scale_log2)
-    running = list(minus) if group.plan.features.skip else []
-    return Rows(minus, [Float32(0.0) for _ in minus], running)
+    features = group.plan.features
+    running = list(minus) if features.skip else []
+    largest = [Float32(EMPTY) for _ in minus] if features.max_logits else []
+    return Rows(minus, [Float32(0.0) for _ in minus], running, largest)
 
 
 @cute.jit
@@ -189,6 +194,8 @@ def step(
         scores = capped(scores, group.scalars.cap_inner)
     if cutlass.const_expr(is_masked):
         scores = masked(group, piece, n, scores)
+    if cutlass.const_expr(plan.features.max_logits):
+        state = seen(scores, state)
     scale = group.scalars.scale_log2
     first = n == piece.begin
     if cutlass.const_expr(plan.features.skip):
@@ -216,6 +223,15 @@ def step(
     cute.arch.fence_proxy("async.shared", space="cta")
     group.barriers.arrive_tmem("p_full", buffer)
     return state, tally
+
+
+def seen(scores: list[Float32], state: Rows) -> Rows:
+    """The state after the scores of a tile, kept or not."""
+    tops = [
+        ptx.max3(top, scores[4 * (i // 2) + i % 2], scores[4 * (i // 2) + i % 2 + 2])
+        for i, top in enumerate(state.largest)
+    ]
+    return Rows(state.minus, state.total, state.running, tops)
 
 
 def agree(group: Group, buffer: Int32, flags: Int32) -> Int32:
@@ -268,7 +284,7 @@ def raised(group: Group, scores, state, count: Int32, first: Boolean):
             cute.arch.sync_warp()
             group.wait_product(count - 1)
             rescale(group)
-    return Rows(minus, total, running)
+    return Rows(minus, total, running, state.largest)
 
 
 @cute.jit
@@ -307,4 +323,4 @@ def probabilities(group: Group, e: list[Float32], state: Rows, buffer: Int32) ->
     for eight in range(0, plan.rows // 8, 2):
         piece = eight + matrix // 2 ^ swizzle
         ptx.store_matrices(target + piece * 16, words[2 * eight : 2 * eight + 4])
-    return Rows(state.minus, total, state.running)
+    return Rows(state.minus, total, state.running, state.largest)

@@ -35,6 +35,7 @@ class Global(NamedTuple):
     mLens: cute.Tensor  # (BATCH,)
     mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, DV)
     mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
+    mMaxLogits: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
     mSink: cute.Tensor  # (HEAD_Q,)
     mSkip: cute.Tensor  # (1,): in place of the scalar
     mStats: cute.Tensor  # (2,): tiles skipped, and all
@@ -54,6 +55,7 @@ class Shared(NamedTuple):
     sMax: Any  # (ROW, WARP): maxima of a tile
     sFade: Any  # (ROW, WARP): what is left of O, the same for every warp; at the end row sums
     sMinus: Any  # (ROW,): at the end, − maximum in base 2
+    sLargest: Any  # (ROW, WARP): at the end, the largest scores; None where nobody asks for them
     sVote: Any  # address: (WARP, BUFFER), what the warps say of a tile
     sKeep: Any  # (BUFFER,): whether a tile is kept
     sFound: Any  # (FOUND,), see `worklist.find`

@@ -50,7 +50,8 @@ VOTE = 3
 @dataclass(frozen=True)
 class RowState(Carried):
     """Half a row's softmax: the row's maximum that P is relative to, Σ P of this half, and the
-    row's maximum over the kept tiles, which decides what is skipped."""
+    row's maximum over the kept tiles, which decides what is skipped. That is the row's maximum over
+    all tiles: with λ <= 1 no row of a skipped tile reaches it."""
 
     maximum: Float32
     total: Float32
@@ -84,7 +85,7 @@ def softmax(
     plan: MlaPlan, work: Work, mem: Global, shared: Shared, scalars: Scalars, tmem: cute.Pointer,
     barriers: Barriers,
 ):  # fmt: skip
-    """Reads: Q in global memory, S, O. Writes: Q, sQ, sP, O, sTotal, sRowMax.
+    """Reads: Q in global memory, S, O. Writes: Q, sQ, sP, O, sTotal, sRowMax, sLargest.
     Waits: s_full, pv_done, stats_empty. Signals: q_full, s_empty, p_ready, stats_full.
     Registers: 232."""
     thread = cute.arch.thread_idx()[0] % 128
@@ -108,6 +109,8 @@ def softmax(
             shared.sTotal[thread] = state.total
             if thread < ROWS:
                 shared.sRowMax[thread] = state.maximum
+                if cutlass.const_expr(plan.features.max_logits):
+                    shared.sLargest[thread] = state.running
             if thread == 0:
                 shared.sKept[0] = progress.kept
             barriers.arrive("stats_full")

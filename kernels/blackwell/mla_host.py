@@ -46,7 +46,7 @@ def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
 
     from cute_fmha.kernels.blackwell.build import placeholder
     from cute_fmha.kernels.blackwell.device import DTYPES
-    from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+    from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
     from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
     from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
 
@@ -54,18 +54,22 @@ def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
     dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
     split = plan.cut is not Cut.WHOLE
     elements = Leaving(plan.op, plan.out_dtype, plan.head_dim_v).elements
-    arguments = (
+    tensors = Tensors(
         placeholder(dtype, None, None, None, plan.head_dim, align=16),
         placeholder(dtype, None, None, 1, plan.head_dim, align=16),
         placeholder(Int32, None, None),
         placeholder(Int32, None),
         placeholder(out_dtype, None, None, None, elements, align=16),
         placeholder(Float32, None, None, None) if features.lse else None,
+        placeholder(Float32, None, None, None) if features.max_logits else None,
         placeholder(Float32, None) if features.sink else None,
         placeholder(Float32, 1) if features.skip_tensor else None,
         placeholder(Int64, 2) if features.count else None,
         placeholder(Int32, None) if split else None,
         placeholder(Float32, None, align=16) if split else None,
+    )
+    arguments = (
+        tensors,
         Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0), Int32(0)),
         Int32(0),
         placeholders(plan.op),
@@ -113,10 +117,10 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
             counters = workspace[:COUNTER_BYTES].view(torch.int32)
             partial = workspace[COUNTER_BYTES:].view(torch.float32)
         scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value, splits)
-        return (
+        tensors = (
             call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,
-            call.sink, call.skip_tensor, call.stats, counters, partial, scalars, ctas,
-            op_arguments(call),
+            call.max_logits, call.sink, call.skip_tensor, call.stats, counters, partial,
         )  # fmt: skip
+        return tensors, scalars, ctas, op_arguments(call)
 
     return arguments

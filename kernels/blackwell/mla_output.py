@@ -1,5 +1,5 @@
-"""From rows of O to the output, for both MLA decode kernels: the sink joins, the LSE is stored,
-rows are normalised and leave; also what partial results are reduced to.
+"""From rows of O to the output, for both MLA decode kernels: the largest logit is stored, the sink
+joins, the LSE is stored, rows are normalised and leave; also what partial results are reduced to.
 
 ``work`` is the kernel's own: its plan and tensors, where a row of a piece lies, its split-KV.
 """
@@ -15,24 +15,30 @@ from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.softmax import LN2, LOG2_E, scaled, with_sink
+from cute_fmha.kernels.blackwell.splitkv import Statistics
 from cute_fmha.kernels.blackwell.worklist import Piece
 
 
 @cute.jit
-def outcome(
-    work: Any, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
-):
-    """The factor that normalises a row of O; its LSE is stored where ``tell``."""
+def outcome(work: Any, piece: Piece, row: Int32, statistics: Statistics, tell: Boolean):
+    """The factor that normalises a row of O; its largest logit and its LSE are stored where
+    ``tell``."""
     mem, features = work.mem, work.plan.features
     position, head, exists = work.position(piece, row)
-    left = Float32(1.0)
+    maximum, total, left = statistics.maximum, statistics.total, Float32(1.0)
+    if cutlass.const_expr(features.max_logits):
+        largest = -Float32.inf
+        if total != 0.0:
+            largest = LN2 * statistics.largest
+        if exists & tell:
+            mem.mMaxLogits[piece.batch, head, position] = largest
     if cutlass.const_expr(features.sink):
-        maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
+        maximum, total, left = with_sink(maximum, total, mem.mSink[head] * LOG2_E)
     nothing = total == 0.0
     if cutlass.const_expr(features.lse):
         lse = -Float32.inf
         if not nothing:
-            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+            lse = LN2 * (maximum + cute.math.log2(total, fastmath=True))
         if exists & tell:
             mem.mLSE[piece.batch, head, position] = lse
     return 0.0 if nothing else left * cute.arch.rcp_approx(total)
@@ -62,8 +68,8 @@ def combine(work: Any, store: Store, warp: Int32, warps: int, barrier: int):
 @cute.jit
 def reduced(
     work: Any, store: Store, piece: Piece, row: Int32, column: Int32, values,
-    maximum_log2: Float32, total: Float32,
+    statistics: Statistics,
 ):  # fmt: skip
     """Normalise and store neighbouring columns of a row."""
-    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
+    scale = outcome(work, piece, row, statistics, column == 0)
     write(work, store, piece, row, column, scaled(values, scale))

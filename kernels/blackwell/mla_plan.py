@@ -29,8 +29,6 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     reason: str | None = kernel.can_implement(problem, target)
     if reason is None and problem.seqlen_k == 0:
         return "the MLA decode kernels need a block table of at least one page"
-    if reason is None and problem.max_logits:
-        return "the MLA decode kernels do not return the largest logits"
     if reason is None and problem.num_splits > 1:
         plan = plan_of(problem)
         work_tiles = ceil_div(rows, plan.rows) * problem.batch

@@ -58,6 +58,7 @@ class Features:
     window_left: bool = False
     window_right: bool = False
     lse: bool = True
+    max_logits: bool = False
     sink: bool = False
     softcap: bool = False
     skip: bool = False
@@ -75,6 +76,7 @@ class Features:
             window_left=problem.window_left >= 0,
             window_right=problem.window_right >= 0,
             lse=problem.lse,
+            max_logits=problem.max_logits,
             sink=problem.sink,
             softcap=problem.softcap,
             skip=problem.skip,

@@ -56,7 +56,8 @@ def test_layouts():
     paged = parse("b3,sq20,sk30,d64,paged16")
     assert (paged.problem.layout, paged.problem.page_size) == ("paged", 16)
     assert paged.case(0).run(backend="reference")[0].shape == (3, 20, 1, 64)
-    latent = parse("mla,b2,sk200,hq16")
+    latent = parse("mla,b2,sk200,hq16,logits")
+    assert latent.problem.max_logits
     assert (latent.problem.op, latent.problem.seqlen_q) == ("mla_decode", 1)
     assert (latent.problem.head_dim, latent.problem.head_dim_v) == (576, 512)
     assert latent.problem.page_size == 64
@@ -85,6 +86,7 @@ def test_epilogues_are_those_of_calls():
         ("d128,s100,sq200", "seqlen_q is given twice"),
         ("d128,hq3,hkv2", "multiple of hkv"),
         ("d128,causal5", "not a word"),
+        ("d128,logits", "for mla"),
     ],
 )
 def test_what_is_wrong_is_said(text, message):

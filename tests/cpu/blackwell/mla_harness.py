@@ -7,8 +7,8 @@ A kernel object has the ``plan`` it was made from, of which this file uses
     tile_n     keys of a KV tile
     cut, slots how work tiles are cut, and what partial results take (`kernels.blackwell.cutting`)
 
-and is called as ``kernel(mQ, mKV, mTable, mLens, mO, mLSE, mSink, mSkip, mStats, mCounters,
-mPartial, scalars, ctas, op, stream)``; see `arguments`. Every extent and stride is dynamic.
+and is called as ``kernel(tensors, scalars, ctas, op, stream)``; see `arguments`. Every extent and
+stride is dynamic.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from cutlass import Float32, Int32
 
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import SkipSoftmax
 from cute_fmha.testing import MlaCase, Options, Source, Tiles, check, mla_case
 from cute_fmha.tiling import ceil_div
 
 POLICIES = [
-    Policy("eager", strict_tmem_load=True),
-    Policy("lazy", strict_tmem_load=True),
-    Policy("random", seed=1, strict_tmem_load=True),
-    Policy("random", seed=2, strict_tmem_load=True),
+    Policy("eager", strict_tmem_load=True, strict_tcgen05_fence=True),
+    Policy("lazy", strict_tmem_load=True, strict_tcgen05_fence=True),
+    Policy("random", seed=1, strict_tmem_load=True, strict_tcgen05_fence=True),
+    Policy("random", seed=2, strict_tmem_load=True, strict_tcgen05_fence=True),
 ]
 
 COUNTERS = 1 << 14
@@ -46,6 +46,7 @@ class Result:
 
     out: torch.Tensor
     lse: torch.Tensor
+    max_logits: torch.Tensor
     stats: torch.Tensor
     report: Any
 
@@ -127,12 +128,8 @@ def build(kernel: Any, **options: Any) -> Any:
     out = torch.zeros(1, 1, 1, plan.head_dim_v, dtype=plan.out_dtype)
     ints, floats = torch.zeros(1, dtype=torch.int32), torch.zeros(1)
     case = MlaCase(q, q.clone(), ints[None].clone(), ints.clone(), 1.0)
-    tensors = arguments(
-        case, out, torch.zeros(1, 1, 1), floats, floats.clone(), torch.zeros(2, dtype=torch.int64),
-        Workspace(ints, floats.clone()),
-    )  # fmt: skip
-    last = (scalars_of(case), Int32(1), None, CUstream(0))
-    return compile_kernel(kernel, *tensors, *last, **options)
+    tensors = arguments(case, out, Workspace(ints, floats))
+    return compile_kernel(kernel, tensors, scalars_of(case), Int32(1), None, CUstream(0), **options)
 
 
 _compiled: dict[tuple[type, Any], Any] = {}
@@ -147,17 +144,25 @@ def compiled(kernel: Any) -> Any:
 
 
 def arguments(
-    case: MlaCase, out: torch.Tensor, lse: torch.Tensor, sink: torch.Tensor, skip: torch.Tensor,
-    stats: torch.Tensor, workspace: Workspace,
-) -> list[Any]:  # fmt: skip
-    """mQ [B, Sq, Hq, D], mKV [PAGES, PAGE, 1, D], mTable [B, MAX_PAGES] and mLens [B] int32,
-    mO [B, Sq, Hq, Dv], mLSE [B, Hq, Sq], mSink [Hq], mSkip [1], mStats [2] int64,
-    mCounters int32, mPartial FP32."""
+    case: MlaCase, out: torch.Tensor, workspace: Workspace, **given: torch.Tensor
+) -> Tensors:
+    """All that a kernel may have compiled in; NaN what is not ``given``: lse, max_logits, skip,
+    stats."""
+    batch, seqlen_q, heads, _ = case.q.shape
+    sink = case.common.get("sink")
+    others = {
+        "lse": torch.full((batch, heads, seqlen_q), math.nan),
+        "max_logits": torch.full((batch, heads, seqlen_q), math.nan),
+        "sink": torch.full((heads,), math.nan) if sink is None else sink,
+        "skip": torch.full((1,), math.nan),
+        "stats": torch.zeros(2, dtype=torch.int64),
+        **given,
+    }
     tensors = (
-        case.q, case.kv_cache, case.block_table, case.cache_seqlens, out, lse, sink, skip, stats,
+        case.q, case.kv_cache, case.block_table, case.cache_seqlens, out, *others.values(),
         workspace.counters, workspace.partial,
     )  # fmt: skip
-    return [tensor(x) for x in tensors]
+    return Tensors(*map(tensor, tensors))
 
 
 def run(
@@ -174,28 +179,26 @@ def run(
     if out is None:
         shape = (batch, seqlen_q, heads, plan.head_dim_v)
         out = torch.full(shape, math.nan, dtype=plan.out_dtype)
-    lse = torch.full((batch, heads, seqlen_q), math.nan)
-    sink = case.common.get("sink")
-    stats = torch.zeros(2, dtype=torch.int64)
+    given = {
+        "lse": torch.full((batch, heads, seqlen_q), math.nan),
+        "max_logits": torch.full((batch, heads, seqlen_q), math.nan),
+        "stats": torch.zeros(2, dtype=torch.int64),
+    }
+    on_device = {"skip": skip} if isinstance(skip, torch.Tensor) else {}
     workspace = workspace or workspace_of(plan, case, ctas, num_splits)
-    tensors = arguments(
-        case, out, lse,
-        torch.full((heads,), math.nan) if sink is None else sink,
-        skip if isinstance(skip, torch.Tensor) else torch.full((1,), math.nan),
-        stats, workspace,
-    )  # fmt: skip
+    tensors = arguments(case, out, workspace, **given, **on_device)
     scalars = scalars_of(case, skip, num_splits)
-    launch = (*tensors, scalars, Int32(ctas), None, CUstream(0))
+    launch = (tensors, scalars, Int32(ctas), None, CUstream(0))
     report = emulate(compiled(kernel), *launch, policy=policy)
     assert not workspace.counters.any(), "the launch left counters that are not zero"
-    return Result(out, lse, stats, report)
+    return Result(out, **given, report=report)
 
 
 def verify(
     kernel: Any, case: MlaCase, policy: Policy, *, skip: SkipSoftmax | None = None,
     num_splits: int = 1, **launch: Any,
 ) -> Result:  # fmt: skip
-    """`run`; output, LSE and counters must be those of the FP64 specification.
+    """`run`; output, LSE, largest logits and counters must be those of the FP64 specification.
 
     With a plan that counts, the case must decide by a margin of 1 or more, and with ``num_splits``
     0 nothing may be cut (one worker).
@@ -204,10 +207,16 @@ def verify(
     value = 0.0 if skip is None else skip.value
     result = run(kernel, case, policy, skip=value, num_splits=num_splits, **launch)
     lse = result.lse if plan.features.lse else None
+    tiles = Tiles(plan.rows, plan.tile_n, True, max(num_splits, 1))
+    if plan.features.max_logits:
+        # Whatever is skipped: a skipped tile does not have it.
+        largest = case.oracle(tiles).max_logits
+        torch.testing.assert_close(result.max_logits.double(), largest, rtol=1e-6, atol=1e-5)
+    else:
+        assert result.max_logits.isnan().all()
     if skip is None and not plan.features.count:
         check(case, result.out, lse)
         return result
-    tiles = Tiles(plan.rows, plan.tile_n, True, max(num_splits, 1))
     expected = case.oracle(tiles, skip)
     assert expected.margin > 1.0, f"a decision is within {expected.margin} of λ"
     check(case, result.out, lse, tiles, skip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_host import workspace_bytes
 from cute_fmha.kernels.blackwell.mla_plan import can_implement, plan_of
 from cute_fmha.problem import Problem, Target
-from cute_fmha.testing import Options, Source, check, mla_case
+from cute_fmha.testing import Options, Source, Tiles, check, mla_case
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 
@@ -42,6 +43,24 @@ def test_calls(heads, seqlen_q, page_size, num_splits):
             out, lse = case.run(backend="emulator", num_splits=num_splits)
         assert [len(report.launches) for report in reports] == [1]
         check(case, out, lse)
+
+
+def test_max_logits():
+    """Beside the LSE or without it, into tensors of the caller; output and LSE are not changed."""
+    case = case_of(40, 1, [0, 600, 65], 32)
+    inputs = {**case._inputs, "num_splits": 3, "backend": "emulator"}
+    given = torch.empty(3, 1, 40, 512, dtype=BF16), torch.empty(3, 40, 1), torch.empty(3, 40, 1)
+    with emulated_calls(POLICY):
+        plain = case.run(backend="emulator", num_splits=3)
+        mla_decode(**inputs, return_lse=True, return_max_logits=True, out=given)
+        out, largest = mla_decode(**inputs, return_max_logits=True)
+    assert torch.equal(given[0], plain[0])
+    assert torch.equal(given[1], plain[1])
+    assert torch.equal(out, plain[0])
+    assert torch.equal(largest, given[2])
+    expected = case.oracle(Tiles(64, 64, True)).max_logits
+    torch.testing.assert_close(largest.double(), expected, rtol=1e-6, atol=1e-5)
+    assert (largest[0] == -math.inf).all()
 
 
 def test_workspace_of_the_caller():
@@ -94,7 +113,6 @@ def test_what_can_be_implemented():
     assert can_implement(problem(heads_q=16, num_splits=5, page_size=1), B200) is None
     refused: dict[str, dict[str, Any]] = {
         "no attention": {"op": "attention"},
-        "largest logits": {"max_logits": True},
         "at least one page": {"seqlen_k": 0},
         "takes 20002 counters": {"batch": 10000, "num_splits": 2},
         "got 48": {"page_size": 48, "seqlen_k": 4800},

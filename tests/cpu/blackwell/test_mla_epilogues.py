@@ -46,26 +46,23 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
     cut = Cut.WHOLE if num_splits == 1 else Cut.FIXED
     kinds = tuple(map(kind_of, parameters))
     compiled_in = Op(op.key, kinds, None if extra is None else kind_of(extra))
-    features, rows = harness.features_of(case), seqlen_q * heads
+    features, count = harness.features_of(case), seqlen_q * heads
     kernel: Any
-    if rows <= MOST_ROWS:
+    if count <= MOST_ROWS:
         kernel = MlaDecodeSmall(
-            make_small_plan(width, 512, BF16, out.dtype, features, rows, cut=cut, op=compiled_in)
+            make_small_plan(width, 512, BF16, out.dtype, features, count, cut=cut, op=compiled_in)
         )
     else:
         page_size = case.kv_cache.shape[1]
         kernel = MlaDecode(
-            make_plan(width, BF16, out.dtype, features, page_size, rows, cut, compiled_in)
+            make_plan(width, BF16, out.dtype, features, page_size, count, cut, compiled_in)
         )
     workspace = harness.Workspace.make(1 << 20)
-    tensors = harness.arguments(
-        case, device_view(out).view(batch, seqlen_q, heads, -1),
-        torch.zeros(batch, heads, seqlen_q), torch.zeros(heads), torch.zeros(1),
-        torch.zeros(2, dtype=torch.int64), workspace,
-    )  # fmt: skip
+    rows = device_view(out).view(batch, seqlen_q, heads, -1)
+    tensors = harness.arguments(case, rows, workspace)
     values = (*parameters, *(() if extra is None else (extra,)))
     arguments = (
-        *tensors, harness.scalars_of(case, num_splits=num_splits), Int32(8),
+        tensors, harness.scalars_of(case, num_splits=num_splits), Int32(8),
         tuple(map(stores.argument, values)) or None, CUstream(0),
     )  # fmt: skip
     emulate(compile_kernel(kernel, *arguments), *arguments, policy=policy)

@@ -324,12 +324,9 @@ def test_every_signal_is_needed():
     case = harness.case_of(16, 1, [500, 40], gap=14.0, dtype=FP16)
     kernel = kernel_of(case, features=SKIP)
     out = torch.full((2, 1, 16, 512), math.nan, dtype=FP16)
-    tensors = harness.arguments(
-        case, out, torch.full((2, 16, 1), math.nan), torch.full((16,), math.nan),
-        torch.full((1,), math.nan), torch.zeros(2, dtype=torch.int64), harness.Workspace.make(),
-    )  # fmt: skip
+    tensors = harness.arguments(case, out, harness.Workspace.make())
     scalars = harness.scalars_of(case, LAMBDA.value)
-    launch = (*tensors, scalars, cutlass.Int32(1), None, harness.CUstream(0))
+    launch = (tensors, scalars, cutlass.Int32(1), None, harness.CUstream(0))
     captured = capture(harness.compiled(kernel), *launch)
     report = run_mutants(
         captured, policies=STRICT_POLICIES, check=lambda *_: True,

@@ -81,6 +81,36 @@ def test_replays(num_splits):
             case.block_table[0, :2], case.block_table[1, :2] = pages[1], pages[0]
 
 
+@pytest.mark.parametrize(
+    ("heads", "num_splits", "skipping"),
+    [
+        (8, 1, False), (64, 5, False), (128, 0, False),
+        *(
+            pytest.param(heads, num_splits, skipping, marks=pytest.mark.sweep)
+            for heads in (8, 64, 128) for num_splits in (0, 1, 5) for skipping in (False, True)
+        ),
+    ],
+)  # fmt: skip
+def test_max_logits(heads, num_splits, skipping):
+    """The largest logit itself, not the maximum that P is relative to, which lags behind it; sinks
+    left out, −inf for a row without keys. Replays on one workspace."""
+    options = {"sink": True, "window": (300, 0), **({} if skipping else {"softcap": 5.0})}
+    seqlen_q = 1 if heads > 32 else 32 // heads
+    case = harness.case_of(
+        heads, seqlen_q, LENGTHS, std=0.3 if skipping else 1.0, gap=40.0 * skipping, **options
+    )
+    kernel = kernel_of(case, num_splits, max_logits=True, skip=skipping, lse=not skipping)
+    # With automatic splits and skips the oracle knows one worker's decisions.
+    ctas = kernel.plan.slots.ranks if skipping and num_splits == 0 else 9
+    workspace = harness.workspace_of(kernel.plan, case, ctas, num_splits)
+    for policy in harness.POLICIES:
+        result = harness.verify(
+            kernel, case, policy, skip=SKIP if skipping else None, ctas=ctas,
+            num_splits=num_splits, workspace=workspace,
+        )  # fmt: skip
+        assert (result.max_logits[0] == -math.inf).all()
+
+
 def test_bits_of_a_fixed_split():
     """Neither timing nor the number of CTAs nor the rest of the batch has a say."""
     case = harness.case_of(64, 1, [640, 0, 300])
@@ -140,7 +170,7 @@ def test_machine_code(heads):
         pytest.skip(str(error))
     problem = Problem(
         "mla_decode", "paged", False, torch.bfloat16, torch.bfloat16, 4, 1, 4096, heads, 1, 576,
-        512, 64, 100, 0, sink=True, skip=True, stats=True, lse=True,
+        512, 64, 100, 0, sink=True, skip=True, stats=True, lse=True, max_logits=True,
     )  # fmt: skip
     code = machine_code.read(launch.prepare(problem, Target("cuda", 100, 148)).binary.cubin)
     assert (code.stack, code.local, code.spills) == (0, 0, 0)

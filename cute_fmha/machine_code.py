@@ -12,7 +12,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 
@@ -48,6 +48,7 @@ class MachineCode:
     local: int
     static_shared: int
     instructions: collections.Counter[str]  # by mnemonic, with its modifiers
+    listing: str = field(repr=False)  # SASS
 
     def count(self, prefix: str) -> int:
         """Of instructions whose mnemonic, with modifiers, begins so."""
@@ -87,4 +88,5 @@ def read(cubin: bytes) -> MachineCode:
         local=numbers["LOCAL"],
         static_shared=numbers["SHARED"],
         instructions=collections.Counter(_INSTRUCTION.findall(listing)),
+        listing=listing,
     )

@@ -339,13 +339,25 @@ def max3_magnitude(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> 
 @dsl_user_op
 def pack_e4m3(values: list[Float32], *, loc=None, ip=None) -> Int32:
     """cvt.rn.satfinite.e4m3x2.f32 of up to four values, the first in the lowest byte: beyond the
-    range ±448, NaN 0x7F. Bytes for which there is no value are 0."""
-    zero = Float32(0.0)
-    operands = [(values[j] if j < len(values) else zero).ir_value(loc=loc, ip=ip) for j in range(4)]
+    range ±448, NaN 0x7F. Bytes for which there is no value are 0.
+
+    Pairs are made as words with an upper half of 0, and joined by prmt: of two conversions that are
+    the halves of one word ptxas makes one that merges into the other, and of two equal ones one
+    that merges into a register that nobody wrote.
+    """
+    operands = [value.ir_value(loc=loc, ip=ip) for value in [*values, Float32(0.0)]]
+    count = (len(values) + 1) // 2 * 2
+    made = "".join(
+        f"cvt.rn.satfinite.e4m3x2.f32 pair, ${j + 2}, ${j + 1};\n\t"
+        f"mov.b32 {'upper' if j else '$0'}, {{pair, none}};\n\t"
+        for j in range(0, count, 2)
+    )
+    joined = "prmt.b32 $0, $0, upper, 0x5410;\n\t" if count == 4 else ""
     result = _asm(
-        "{\n\t.reg .b16 low, high;\n\tcvt.rn.satfinite.e4m3x2.f32 low, $2, $1;\n\t"
-        "cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;\n\tmov.b32 $0, {low, high};\n\t}",
-        [T.i32()], operands, "=r,f,f,f,f", effects=False, loc=loc, ip=ip,
+        "{\n\t.reg .b16 pair, none;\n\t.reg .b32 upper;\n\tmov.b16 none, 0;\n\t"
+        f"{made}{joined}}}",
+        [T.i32()], operands[:count], ",".join(["=&r"] + ["f"] * count), effects=False,
+        loc=loc, ip=ip,
     )  # fmt: skip
     return Int32(result)
 

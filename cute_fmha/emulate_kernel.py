@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from cute_fmha.emulator import backend
 from cute_fmha.emulator.device import Device
 from cute_fmha.kernels.blackwell import launch
+from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.mla_plan import automatic_cuts
 from cute_fmha.problem_text import ProblemText, parse
 from cute_fmha.stats import SkipStats
-from cute_fmha.testing import Tiles, check
+from cute_fmha.testing import AttentionCase, MlaCase, Tiles, check
 
 KERNELS = tuple(host.NAME for host in launch.KERNELS)
 
@@ -43,13 +45,19 @@ def kernel_target(kernel: str, text: str, device: Device, seed: int) -> Callable
     host = launch.choose(problem.problem, target)
     if kernel != host.NAME:
         raise NotImplementedError(f"{text} is run by the kernel {host.NAME!r}, not by {kernel!r}")
-    shape = host.skip_tiles(host.plan_of(problem.problem))
-    tiles = Tiles(**shape, num_splits=max(1, problem.num_splits))
-    return lambda: _run(problem, tiles, seed)
+    plan = host.plan_of(problem.problem)
+    case = problem.case(seed)
+    tiles = Tiles(**host.skip_tiles(plan), num_splits=max(1, problem.num_splits))
+    if isinstance(case, MlaCase) and plan.cut is Cut.SHARE:
+        shape, lengths = (problem.seqlen_q, problem.heads_q), case.cache_seqlens.tolist()
+        window = (problem.problem.window_left, problem.problem.window_right)
+        cuts = automatic_cuts(plan, shape, window, lengths, target.num_sms)
+        tiles = replace(tiles, cuts=cuts)
+    return lambda: _run(problem, case, tiles)
 
 
-def _run(problem: ProblemText, tiles: Tiles, seed: int) -> Outcome:
-    case, skip = problem.case(seed), problem.skip_softmax
+def _run(problem: ProblemText, case: AttentionCase | MlaCase, tiles: Tiles) -> Outcome:
+    skip = problem.skip_softmax
     stats = SkipStats("cpu") if problem.stats else None
     options = {"return_max_logits": True} if problem.logits else {}
     more: list[torch.Tensor]

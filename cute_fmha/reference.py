@@ -24,8 +24,9 @@ Rows of one key/value head are kept "folded": row m is query position m // group
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,6 +133,17 @@ class _TilePlan:
     pack_heads: bool
     num_splits: int
     skip: SkipSoftmax | None
+    cuts: Iterator[Sequence[int]] | None = None
+
+    def pieces(self, begin: int, end: int) -> list[range]:
+        """The KV tiles of the next work tile, ``begin`` to ``end``, as they are cut."""
+        if self.cuts is None:
+            return [
+                range(*split_tile_range(begin, end, split, self.num_splits))
+                for split in range(self.num_splits)
+            ]
+        places = [begin, *(begin + cut for cut in next(self.cuts)), end]
+        return [range(*pair) for pair in itertools.pairwise(places)]
 
 
 @dataclass
@@ -395,12 +407,9 @@ def _replay(
             plan.tile_n,
         )  # fmt: skip
         parts = [
-            _replay_tiles(
-                rows, range(*split_tile_range(begin, end, split, plan.num_splits)), plan.tile_n,
-                rules, ln_threshold, counts,
-            )
-            for split in range(plan.num_splits)
-        ]  # fmt: skip
+            _replay_tiles(rows, tiles, plan.tile_n, rules, ln_threshold, counts)
+            for tiles in plan.pieces(begin, end)
+        ]
         state = _merge(parts)
         results.append((*_finish(state, rows, rules.sink), state.peak))
     if results:
@@ -510,6 +519,7 @@ def tile_oracle(
     tile_n: int,
     pack_heads: bool,
     num_splits: int = 1,
+    cuts: Sequence[Sequence[int]] | None = None,
     skip: SkipSoftmax | None = None,
     scale: float | None = None,
     causal: bool = False,
@@ -528,13 +538,15 @@ def tile_oracle(
 
     A work tile is ``tile_m`` consecutive query positions of one query head, or with ``pack_heads``
     ``tile_m`` consecutive folded rows of one key/value head. It visits, ascending, the KV tiles of
-    `kv_tile_ranges`, cut by `split_tile_range`; each split starts anew with a running maximum of
+    `kv_tile_ranges`, cut by `split_tile_range`, or where ``cuts`` says for every ``tile_m`` rows of
+    every sequence, in KV tiles from their first; each split starts anew with a running maximum of
     −inf, and the splits merge by log-sum-exp. A tile that the block mask blocks for every row is
     neither visited nor counted. Counts sum over batch, heads, work tiles and splits.
     """
     rules = _make_rules(q, scale, causal, window, sink, softcap, block_mask, round_p)
     inputs = _Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
-    plan = _TilePlan(tile_m, tile_n, pack_heads, num_splits, skip)
+    pieces = None if cuts is None else iter(cuts)
+    plan = _TilePlan(tile_m, tile_n, pack_heads, num_splits, skip, pieces)
     return _evaluate(inputs, rules, plan, dtype)
 
 

@@ -113,6 +113,7 @@ class Tiles:
     tile_n: int
     pack_heads: bool
     num_splits: int = 1
+    cuts: Sequence[Sequence[int]] | None = None
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,7 @@ class Cutting:
 class Slots:
     """Partial results of ``rows`` rows a CTA, of ``ranks`` CTAs to a worker.
 
-    A slot has O, m ``[rows]``, l ``[rows]``, with ``largest`` the largest scores ``[rows]``, the
-    number of the stayer, and fills 16 bytes. O is
+    A slot has O, m ``[rows]``, l ``[rows]``, the number of the stayer, and fills 16 bytes. O is
     ``[Dv / 4, rows, 4]`` with ``row_minor``, for writers whose lanes have a row each, else
     ``[rows, Dv]``; either way the lanes of a warp write and read neighbouring 16 bytes or more.
     ``at_a_time``: pieces whose loads a thread has in flight, `COLUMNS` registers each.
@@ -63,7 +62,6 @@ class Slots:
     row_minor: bool
     ranks: int = 1
     at_a_time: int = 4
-    largest: bool = False
 
     def __post_init__(self) -> None:
         units = self.rows * self.head_dim_v // COLUMNS
@@ -75,7 +73,7 @@ class Slots:
 
     @property
     def slot_floats(self) -> int:
-        return self.rows * (self.head_dim_v + 2 + self.largest) + 4
+        return self.rows * (self.head_dim_v + 2) + 4
 
     def floats(self, cut: Cut, workers: int, work_tiles: int, num_splits: int) -> int:
         """FP32 elements of workspace that a launch needs."""

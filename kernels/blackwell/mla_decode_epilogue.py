@@ -12,10 +12,9 @@ from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, lane_address
 from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
-from cute_fmha.kernels.blackwell.mla_output import outcome
+from cute_fmha.kernels.blackwell.mla_output import caught_up, outcome
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.softmax import EMPTY
-from cute_fmha.kernels.blackwell.splitkv import Statistics
+from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 COMBINE_WARPS = 8
@@ -54,15 +53,16 @@ def epilogue(
             barriers.arrive("stats_empty")
             barriers.wait_tmem("o_full", phase)
             phase = phase ^ 1
-        statistics = Statistics(
-            row_max * scalars.scale_log2, total,
-            largest * scalars.scale_log2 if plan.features.max_logits else None,
-        )  # fmt: skip
+        maximum_log2, fade = row_max * scalars.scale_log2, Float32(1.0)
+        if cutlass.const_expr(plan.features.max_logits):
+            maximum_log2, total, fade = caught_up(maximum_log2, total, largest * scalars.scale_log2)
         if piece.exists != 0:
             if piece.whole != 0:
                 # Or the addresses of a row's pieces would be made before the loop, and spilled.
                 lane = ptx.opaque(thread)
-                scale = outcome(work, piece, lane % ROWS, statistics, lane < ROWS)
+                scale = outcome(work, piece, lane % ROWS, maximum_log2, total, lane < ROWS)
+                if cutlass.const_expr(plan.features.max_logits):
+                    scale = scale * fade
                 apply = store.apply(work.output_row(piece, lane % ROWS), mem.op)
                 for run in cutlass.range_constexpr(plan.runs):
                     first = run * plan.leaving.columns
@@ -72,7 +72,7 @@ def epilogue(
                         lambda c, column=column: column + c * plan.leaving.chunk_columns,
                     )  # fmt: skip
             elif cutlass.const_expr(plan.cut is not Cut.WHOLE):
-                partial(work, place, piece, tO, thread, empty, statistics)
+                partial(work, place, piece, tO, thread, empty, maximum_log2, total, fade)
         if piece.end > piece.begin:
             barriers.arrive_tmem("o_empty")
         place = work.pieces.next(place, piece)
@@ -81,7 +81,7 @@ def epilogue(
 @cute.jit
 def partial(
     work: Work, place: Place, piece: Piece, tO: Int32, thread: Int32, empty: Boolean,
-    statistics: Statistics,
+    maximum_log2: Float32, total: Float32, fade: Float32,
 ):  # fmt: skip
     """The partial result of a piece, and its announcement."""
     plan, splitkv = work.plan, work.splitkv
@@ -92,9 +92,11 @@ def partial(
         values = [Float32(0.0)] * width
         if not empty:
             values = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
+            if cutlass.const_expr(plan.features.max_logits):
+                values = scaled(values, fade)
         splitkv.write(slot, row, plan.value_column(c, half), values)
     if thread < ROWS:
-        splitkv.write_row(slot, row, statistics)
+        splitkv.write_row(slot, row, maximum_log2, total)
     ptx.barrier_sync(Int32(PARTIAL), 128)
     if thread == 0:
         splitkv.arrive(work.workspace, work.pieces, place, piece)

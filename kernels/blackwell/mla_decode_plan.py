@@ -109,10 +109,7 @@ class MlaPlan:
     def slots(self) -> Slots:
         """Partial results: a thread that writes them has a row."""
         few = 2 if self.pair else 4
-        return Slots(
-            ROWS, self.head_dim_v, row_minor=True, ranks=self.ctas, at_a_time=few,
-            largest=self.features.max_logits,
-        )  # fmt: skip
+        return Slots(ROWS, self.head_dim_v, row_minor=True, ranks=self.ctas, at_a_time=few)
 
     @property
     def s_columns(self) -> int:

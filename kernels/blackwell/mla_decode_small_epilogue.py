@@ -12,9 +12,8 @@ from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS
 from cute_fmha.kernels.blackwell.mla_decode_small_work import EXCHANGE, Group
-from cute_fmha.kernels.blackwell.mla_output import outcome, write
+from cute_fmha.kernels.blackwell.mla_output import caught_up, outcome, write
 from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
-from cute_fmha.kernels.blackwell.splitkv import Statistics
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 
 RUN = 16
@@ -61,7 +60,9 @@ def finish(group: Group, store: Store, place: Place, piece: Piece, state, count:
     if piece.whole != 0:
         scales = []
         for row in own_rows(group):
-            scales.append(outcome(group.work, piece, row, statistics(group, row), lead(group)))
+            maximum_log2, total, fade = statistics(group, row)
+            scale = outcome(group.work, piece, row, maximum_log2, total, lead(group))
+            scales.append(scale if fade is None else scale * fade)
         transposed(
             group, lambda j, row, column, values: write(
                 group.work, store, piece, row, column, scaled(values, scales[j])
@@ -72,10 +73,13 @@ def finish(group: Group, store: Store, place: Place, piece: Piece, state, count:
         slot = work.splitkv.own_address(work.workspace, work.pieces, place, piece)
         if lead(group):
             for row in own_rows(group):
-                work.splitkv.write_row(slot, row, statistics(group, row))
+                work.splitkv.write_row(slot, row, *statistics(group, row)[:2])
+        fades = [statistics(group, row)[2] for row in own_rows(group)]
         transposed(
             group,
-            lambda j, row, column, values: work.splitkv.write(slot, row, column, values),
+            lambda j, row, column, values: work.splitkv.write(
+                slot, row, column, values if fades[j] is None else scaled(values, fades[j])
+            ),
         )
         cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
         if group.warp * 32 + group.lane == 0:
@@ -87,15 +91,17 @@ def lead(group: Group) -> Boolean:
     return group.lane % (COLUMNS // RUN) == 0
 
 
-def statistics(group: Group, row: Int32) -> Statistics:
-    """Of a row, when `finish` has collected them."""
-    shared, largest = group.shared, None
+def statistics(group: Group, row: Int32) -> tuple[Float32, Float32, Float32 | None]:
+    """(maximum in base 2, Σ P, what O is to be multiplied with, None: nothing) of a row, when
+    `finish` has collected them."""
+    shared = group.shared
     a, b, c, d = (shared.sFade[row, warp] for warp in range(4))
-    if group.plan.features.max_logits:
-        tops = [shared.sLargest[row, warp] for warp in range(4)]
-        largest = cute.arch.fmax(*(cute.arch.fmax(*tops[i : i + 2]) for i in (0, 2)))
-        largest = largest * group.scalars.scale_log2
-    return Statistics(-shared.sMinus[row], (a + b) + (c + d), largest)
+    maximum_log2, total = -shared.sMinus[row], (a + b) + (c + d)
+    if not group.plan.features.max_logits:
+        return maximum_log2, total, None
+    a, b, c, d = (shared.sLargest[row, warp] for warp in range(4))
+    largest = cute.arch.fmax(cute.arch.fmax(a, b), cute.arch.fmax(c, d))
+    return caught_up(maximum_log2, total, largest * group.scalars.scale_log2)
 
 
 @cute.jit
@@ -126,11 +132,9 @@ def transposed(group: Group, output: cutlass.Constexpr):
 def nothing(group: Group, store: Store, piece: Piece):
     """Store what a work tile without tiles gives: zeros."""
     empty = EMPTY * group.scalars.scale_log2
-    largest = empty if group.plan.features.max_logits else None
-    statistics = Statistics(empty, Float32(0.0), largest)
     first = (group.warp * 32 + group.lane) * RUN % COLUMNS
     for row in own_rows(group):
-        outcome(group.work, piece, row, statistics, lead(group))
+        outcome(group.work, piece, row, empty, Float32(0.0), lead(group))
         for part in cutlass.range(group.plan.parts, unroll=1):
             zeros = [Float32(0.0)] * RUN
             write(group.work, store, piece, row, part * COLUMNS + first, zeros)

@@ -85,7 +85,7 @@ class SmallPlan:
     @property
     def slots(self) -> Slots:
         """Partial results: a thread writes neighbouring columns of a row."""
-        return Slots(self.rows, self.head_dim_v, row_minor=False, largest=self.features.max_logits)
+        return Slots(self.rows, self.head_dim_v, row_minor=False)
 
     @property
     def leaving(self) -> Leaving:

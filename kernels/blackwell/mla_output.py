@@ -1,6 +1,9 @@
 """From rows of O to the output, for both MLA decode kernels: the largest logit is stored, the sink
 joins, the LSE is stored, rows are normalised and leave; also what partial results are reduced to.
 
+Where largest logits are asked for, a row's maximum no longer lags behind its scores here (`caught
+up`), and neither do those of partial results: the largest of their maxima is the largest logit.
+
 ``work`` is the kernel's own: its plan and tensors, where a row of a piece lies, its split-KV.
 """
 
@@ -14,31 +17,41 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.store import Store
+from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.softmax import LN2, LOG2_E, scaled, with_sink
-from cute_fmha.kernels.blackwell.splitkv import Statistics
 from cute_fmha.kernels.blackwell.worklist import Piece
 
 
+def caught_up(
+    maximum_log2: Float32, total: Float32, largest_log2: Float32
+) -> tuple[Float32, Float32, Float32]:
+    """(maximum, Σ P, what is left of O) relative to the largest score of a row."""
+    fade = ptx.exp2(maximum_log2 - largest_log2)
+    return largest_log2, total * fade, fade
+
+
 @cute.jit
-def outcome(work: Any, piece: Piece, row: Int32, statistics: Statistics, tell: Boolean):
+def outcome(
+    work: Any, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
+):
     """The factor that normalises a row of O; its largest logit and its LSE are stored where
     ``tell``."""
     mem, features = work.mem, work.plan.features
     position, head, exists = work.position(piece, row)
-    maximum, total, left = statistics.maximum, statistics.total, Float32(1.0)
     if cutlass.const_expr(features.max_logits):
         largest = -Float32.inf
         if total != 0.0:
-            largest = LN2 * statistics.largest
+            largest = LN2 * maximum_log2
         if exists & tell:
             mem.mMaxLogits[piece.batch, head, position] = largest
+    left = Float32(1.0)
     if cutlass.const_expr(features.sink):
-        maximum, total, left = with_sink(maximum, total, mem.mSink[head] * LOG2_E)
+        maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
     nothing = total == 0.0
     if cutlass.const_expr(features.lse):
         lse = -Float32.inf
         if not nothing:
-            lse = LN2 * (maximum + cute.math.log2(total, fastmath=True))
+            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
         if exists & tell:
             mem.mLSE[piece.batch, head, position] = lse
     return 0.0 if nothing else left * cute.arch.rcp_approx(total)
@@ -68,8 +81,8 @@ def combine(work: Any, store: Store, warp: Int32, warps: int, barrier: int):
 @cute.jit
 def reduced(
     work: Any, store: Store, piece: Piece, row: Int32, column: Int32, values,
-    statistics: Statistics,
+    maximum_log2: Float32, total: Float32,
 ):  # fmt: skip
     """Normalise and store neighbouring columns of a row."""
-    scale = outcome(work, piece, row, statistics, column == 0)
+    scale = outcome(work, piece, row, maximum_log2, total, column == 0)
     write(work, store, piece, row, column, scaled(values, scale))

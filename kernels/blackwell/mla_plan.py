@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from cute_fmha.kernels.blackwell import mla_decode_plan, mla_decode_small_plan
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.epilogue import op_of
@@ -9,7 +12,7 @@ from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import MOST_ROWS, SmallPlan
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import Problem, Target
-from cute_fmha.tiling import ceil_div
+from cute_fmha.tiling import ceil_div, equal_share, kv_tile_ranges, tiles_before_cut
 from cute_fmha.workspace import COUNTER_BYTES
 
 MlaPlans = MlaPlan | SmallPlan
@@ -18,6 +21,40 @@ MlaPlans = MlaPlan | SmallPlan
 def cut_of(num_splits: int) -> Cut:
     """0 leaves the cuts to the launch; a number fixes them."""
     return {0: Cut.SHARE, 1: Cut.WHOLE}.get(num_splits, Cut.FIXED)
+
+
+def automatic_cuts(
+    plan: MlaPlans, shape: tuple[int, int], window: tuple[int, int], lengths: Sequence[int],
+    ctas: int,
+) -> list[list[int]]:  # fmt: skip
+    """Where a launch of at most ``ctas`` CTAs cuts each work tile, in KV tiles from its first.
+    ``shape``: queries and heads of a sequence.
+
+    What `worklist` finds on the device, from the same functions, for those who ask what an
+    automatically split launch with skip-softmax has decided: every piece does so for itself.
+    """
+    seqlen_q, heads = shape
+    overhead, least = plan.cutting.overhead, plan.cutting.least
+    total_rows = seqlen_q * heads
+    counts = []
+    for length in lengths:
+        for first in range(0, total_rows, plan.rows):
+            last = min(first + plan.rows, total_rows) - 1
+            begin, _, _, end = kv_tile_ranges(
+                first // heads, last // heads + 1, seqlen_q, length, *window, plan.tile_n
+            )
+            counts.append(end - begin)
+    workers = max(ctas // plan.slots.ranks, 1)
+    starts = [0, *itertools.accumulate(count + overhead for count in counts)]
+    share = equal_share(starts[-1], workers, overhead, least)
+    cuts = []
+    for at, count in zip(starts, counts, strict=False):
+        places = {
+            tiles_before_cut(worker * share - at, count, overhead, least)
+            for worker in range(workers)
+        }
+        cuts.append(sorted(places - {0, count}))
+    return cuts
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

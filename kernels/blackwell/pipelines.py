@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
 import cutlass.cute as cute
@@ -140,19 +140,14 @@ def _number(value: Any) -> Any:
 
 
 class Carried:
-    """A dataclass of run-time numbers that loops and branches of a kernel carry along. None stands
-    for what is not compiled in."""
-
-    def _present(self) -> dict[str, Any]:
-        every = ((f.name, getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
-        return {name: value for name, value in every if value is not None}
+    """A dataclass of run-time numbers that loops and branches of a kernel carry along."""
 
     def __extract_mlir_values__(self) -> list[Any]:
-        return [_number(value).ir_value() for value in self._present().values()]
+        numbers = (_number(getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return [number.ir_value() for number in numbers]
 
     def __new_from_mlir_values__(self, values: list[Any]) -> Any:
-        numbers = zip(self._present(), map(_number, values), strict=True)
-        return replace(self, **dict(numbers))  # type: ignore[type-var]
+        return type(self)(*map(_number, values))
 
 
 class Fixed:

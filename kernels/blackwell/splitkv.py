@@ -5,8 +5,7 @@ scaled), l_s = Σ 2^(score − m_s) and the unnormalised O_s. Then
 
     m = max m_s,   l = Σ 2^(m_s − m) l_s,   O = Σ 2^(m_s − m) O_s,
 
-and what follows (sink, O / l, LSE, epilogue op, store) is what a whole work tile goes through. m
-may lag behind the largest score; where that is asked for, too, pieces leave it and it is reduced.
+and what follows (sink, O / l, LSE, epilogue op, store) is what a whole work tile goes through.
 
 Who reduces. A last arriver alone would read all of a long sequence's partial results on one SM
 (148 × 128 KiB at some 100 GB/s). Here all CTAs that computed a piece of a work tile share its
@@ -33,7 +32,7 @@ classes: class q adds pieces q, q + C, q + 2 C, …, up to four in flight, then 
 by butterflies. C is 1, 2, 4 or 8 for up to 4, 8, 16 or more pieces.
 
 Workspace. int32 counters: started, left, a word for each work tile. FP32: for each slot of the work
-list and each CTA of a cluster O, m, l, the largest scores and a word, see `cutting.Slots`.
+list and each CTA of a cluster O, m, l and a word, see `cutting.Slots`.
 """
 
 from __future__ import annotations
@@ -68,13 +67,11 @@ class Workspace(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Statistics(Carried):
-    """Of a row: the maximum that P and O are relative to, Σ P, and, where it is asked for, the
-    largest score. Scores are in base 2."""
+class Sum(Carried):
+    """A running sum over pieces of one unit."""
 
     maximum: Float32
     total: Float32
-    largest: Any = None
 
 
 class SplitKV(Slots):
@@ -111,13 +108,11 @@ class SplitKV(Slots):
                 slot + Int64(self.element(row, column + first)), values[first : first + 4]
             )
 
-    def write_row(self, slot: Int64, row: Int32, statistics: Statistics) -> None:
-        """What a row has besides O. Where l is 0, O must still have been written as zeros."""
-        address = slot + 4 * self.rows * self.head_dim_v + Int64(row) * 4
-        ptx.store_global(address, [statistics.maximum])
-        ptx.store_global(address + 4 * self.rows, [statistics.total])
-        if self.largest:
-            ptx.store_global(address + 8 * self.rows, [statistics.largest])
+    def write_row(self, slot: Int64, row: Int32, maximum_log2: Float32, total: Float32) -> None:
+        """m and l of a row. Where l is 0, O must still have been written as zeros."""
+        statistics = slot + 4 * self.rows * self.head_dim_v + Int64(row) * 4
+        ptx.store_global(statistics, [maximum_log2])
+        ptx.store_global(statistics + 4 * self.rows, [total])
 
     @cute.jit
     def arrive(self, workspace: Workspace, works: WorkList, place: Place, piece: Piece):
@@ -138,7 +133,7 @@ class SplitKV(Slots):
         ptx.store_global(self.stayer_address(slot), [stayer])
 
     def stayer_address(self, slot: Int64) -> Int64:
-        return slot + 4 * (self.slot_floats - 4)
+        return slot + 4 * self.rows * (self.head_dim_v + 2)
 
     # ------------------------------------------------------------------ reducing
 
@@ -151,8 +146,8 @@ class SplitKV(Slots):
 
         ``warps`` warps, of which ``warp`` is one, call it when their pieces are done; one of them
         has called `arrive`. They meet at named barrier ``barrier``. ``output(piece, row, column,
-        values, statistics)`` takes `COLUMNS` reduced columns of a row of the CTA; each lane has its
-        own, one lane of each row has column 0, and rows may not exist.
+        values, maximum_log2, total)`` takes `COLUMNS` reduced columns of a row of the CTA; each
+        lane has its own, one lane of each row has column 0, and rows may not exist.
         """
         cute.arch.barrier(barrier_id=barrier, number_of_threads=32 * warps)
         place = works.start
@@ -201,9 +196,7 @@ class SplitKV(Slots):
             row, column = unit // per_row, unit % per_row * COLUMNS
             if cutlass.const_expr(self.row_minor):
                 row, column = unit % self.rows, unit // self.rows * COLUMNS
-            state = Statistics(
-                Float32(_NONE), Float32(0.0), Float32(_NONE) if self.largest else None
-            )
+            state = Sum(Float32(_NONE), Float32(0.0))
             values = [Float32(0.0) for _ in range(COLUMNS)]
             for piece_index in cutlass.range(own, count, self.at_a_time << fold, unroll=1):
                 state, values = self.add(
@@ -212,16 +205,15 @@ class SplitKV(Slots):
             for bit in cutlass.range_constexpr(3):
                 if bit < fold:
                     state, values = self.butterfly(state, values, width << bit)
-            output(piece, row, column, values, state)
+            output(piece, row, column, values, state.maximum, state.total)
 
     @cute.jit
     def add(
         self, workspace: Workspace, works: WorkList, parts: Parts, row: Int32, column: Int32,
-        index: Int32, fold: Int32, state: Statistics, values,
+        index: Int32, fold: Int32, state: Sum, values,
     ):  # fmt: skip
         """The sum with the next pieces of a class, the first of them ``index``."""
         maxima, totals, loaded = [], [], []
-        largest = state.largest
         for k in cutlass.range_constexpr(self.at_a_time):
             turn = index + (k << fold)
             slot = self.address(workspace, works.slot(parts, cutlass.min(turn, parts.count - 1)))
@@ -229,9 +221,6 @@ class SplitKV(Slots):
             m = self.load(statistics)
             maxima.append(cutlass.select_(turn < parts.count, m, Float32(_NONE)))
             totals.append(self.load(statistics + 4 * self.rows))
-            if cutlass.const_expr(self.largest):
-                # That of the last piece once more does no harm.
-                largest = cute.arch.fmax(largest, self.load(statistics + 8 * self.rows))
             columns = []
             for c in cutlass.range_constexpr(0, COLUMNS, 4):
                 columns += ptx.load_floats(slot + Int64(self.element(row, column + c)))
@@ -246,14 +235,14 @@ class SplitKV(Slots):
             weight = ptx.exp2(maxima[k] - maximum)
             total = total + weight * totals[k]
             values = plus(values, loaded[k], weight)
-        return Statistics(maximum, total, largest), values
+        return Sum(maximum, total), values
 
     def load(self, address: Int64) -> Float32:
         pointer = cute.make_ptr(Float32, address, cute.AddressSpace.gmem)
         return cute.arch.load(pointer, Float32)
 
     @cute.jit
-    def butterfly(self, state: Statistics, values, distance: Int32):
+    def butterfly(self, state: Sum, values, distance: Int32):
         """The sum of two lanes' sums; both get it."""
         other = cute.arch.shuffle_sync_bfly(state.maximum, distance)
         maximum = cute.arch.fmax(state.maximum, other)
@@ -264,10 +253,7 @@ class SplitKV(Slots):
         sums = []
         for value in faded:
             sums.append(value + cute.arch.shuffle_sync_bfly(value, distance))
-        largest = state.largest
-        if cutlass.const_expr(self.largest):
-            largest = cute.arch.fmax(largest, cute.arch.shuffle_sync_bfly(state.largest, distance))
-        return Statistics(maximum, total, largest), sums
+        return Sum(maximum, total), sums
 
     @cute.jit
     def leave(self, workspace: Workspace, works: WorkList):

@@ -23,7 +23,9 @@ from cutlass import Float32, Int32
 
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
+from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
+from cute_fmha.kernels.blackwell.mla_plan import automatic_cuts
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import SkipSoftmax
 from cute_fmha.testing import MlaCase, Options, Source, Tiles, check, mla_case
@@ -194,20 +196,30 @@ def run(
     return Result(out, **given, report=report)
 
 
+def tiles_of(plan: Any, case: MlaCase, ctas: int, num_splits: int) -> Tiles:
+    """The tiles that a launch decides on, and the pieces in which each has its own maximum."""
+    cuts = None
+    if plan.cut is Cut.SHARE:
+        cuts = automatic_cuts(
+            plan, (case.q.shape[1], case.q.shape[2]), window_of(case), case.cache_seqlens.tolist(),
+            ctas,
+        )  # fmt: skip
+    return Tiles(plan.rows, plan.tile_n, True, max(num_splits, 1), cuts)
+
+
 def verify(
     kernel: Any, case: MlaCase, policy: Policy, *, skip: SkipSoftmax | None = None,
-    num_splits: int = 1, **launch: Any,
+    ctas: int = 148, num_splits: int = 1, **launch: Any,
 ) -> Result:  # fmt: skip
     """`run`; output, LSE, largest logits and counters must be those of the FP64 specification.
 
-    With a plan that counts, the case must decide by a margin of 1 or more, and with ``num_splits``
-    0 nothing may be cut (one worker).
+    With a plan that counts, the case must decide by a margin of 1 or more.
     """
     plan = kernel.plan
     value = 0.0 if skip is None else skip.value
-    result = run(kernel, case, policy, skip=value, num_splits=num_splits, **launch)
+    result = run(kernel, case, policy, skip=value, ctas=ctas, num_splits=num_splits, **launch)
     lse = result.lse if plan.features.lse else None
-    tiles = Tiles(plan.rows, plan.tile_n, True, max(num_splits, 1))
+    tiles = tiles_of(plan, case, ctas, num_splits)
     if plan.features.max_logits:
         # Whatever is skipped: a skipped tile does not have it.
         largest = case.oracle(tiles).max_logits

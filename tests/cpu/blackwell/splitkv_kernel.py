@@ -21,7 +21,7 @@ from cute_fmha.emulator.machine import Policy
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import COLUMNS, Cut, Cutting
 from cute_fmha.kernels.blackwell.softmax import EMPTY
-from cute_fmha.kernels.blackwell.splitkv import SplitKV, Statistics, Workspace
+from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
 from cute_fmha.kernels.blackwell.worklist import FOUND, Sizes, WorkList, find
 
 LN2 = math.log(2.0)
@@ -138,14 +138,13 @@ class Fake:
                 maximum, total = new, total * fade + p
                 for c in cutlass.range_constexpr(self.head_dim_v):
                     sums[c] = sums[c] * fade + p * mem.mV[piece.batch, key, c]
-        statistics = Statistics(maximum, total)
         if piece.whole != 0:
-            self.whole(mem, works, workspace.rank, piece, thread, sums, statistics)
+            self.whole(mem, works, workspace.rank, piece, thread, sums, maximum, total)
         else:
             slot = splitkv.own_address(workspace, works, place, piece)
             if thread < splitkv.rows:
                 splitkv.write(slot, thread, 0, sums)
-                splitkv.write_row(slot, thread, statistics)
+                splitkv.write_row(slot, thread, maximum, total)
             cute.arch.sync_threads()
             if thread == 0:
                 splitkv.arrive(workspace, works, place, piece)
@@ -163,18 +162,17 @@ class Fake:
         return row // works.sizes.heads, row % works.sizes.heads, exists
 
     @cute.jit
-    def whole(self, mem: Tensors, works, rank, piece, thread, sums, statistics):
+    def whole(self, mem: Tensors, works, rank, piece, thread, sums, maximum, total):
         if thread < self.splitkv.rows:
             for c in cutlass.range_constexpr(0, self.head_dim_v, COLUMNS):
                 self.output(
-                    mem, works, rank, piece, thread, Int32(c), sums[c : c + COLUMNS], statistics
+                    mem, works, rank, piece, thread, Int32(c), sums[c : c + COLUMNS], maximum, total
                 )
         if thread == 0:
             cute.arch.atomic_add(self.pieces(mem, piece), Int32(1))
 
     @cute.jit
-    def output(self, mem: Tensors, works, rank, piece, row, column, values, statistics):
-        maximum, total = statistics.maximum, statistics.total
+    def output(self, mem: Tensors, works, rank, piece, row, column, values, maximum, total):
         position, head, exists = self.row(works, rank, piece, row)
         if exists:
             scale, lse = Float32(0.0), -Float32.inf

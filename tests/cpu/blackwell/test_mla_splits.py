@@ -100,8 +100,7 @@ def test_max_logits(heads, num_splits, skipping):
         heads, seqlen_q, LENGTHS, std=0.3 if skipping else 1.0, gap=40.0 * skipping, **options
     )
     kernel = kernel_of(case, num_splits, max_logits=True, skip=skipping, lse=not skipping)
-    # With automatic splits and skips the oracle knows one worker's decisions.
-    ctas = kernel.plan.slots.ranks if skipping and num_splits == 0 else 9
+    ctas = 9
     workspace = harness.workspace_of(kernel.plan, case, ctas, num_splits)
     for policy in harness.POLICIES:
         result = harness.verify(
@@ -111,9 +110,25 @@ def test_max_logits(heads, num_splits, skipping):
         assert (result.max_logits[0] == -math.inf).all()
 
 
-def test_bits_of_a_fixed_split():
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_skip_where_work_is_shared_out(heads):
+    """Automatic splits: a piece decides by its own maximum, so that more CTAs skip less."""
+    case = harness.case_of(heads, 2 if heads < 64 else 1, [65, 1500, 0, 1000], gap=40.0, sink=True)
+    kernel = kernel_of(case, 0, skip=True, stats=True)
+    skipped = []
+    for workers, policy in zip((1, 2, 3, 7), harness.POLICIES, strict=True):
+        ctas = workers * kernel.plan.slots.ranks
+        cuts = harness.tiles_of(kernel.plan, case, ctas, 0).cuts
+        assert (max(map(len, cuts)) > 0) == (workers > 1)
+        result = harness.verify(kernel, case, policy, skip=SKIP, ctas=ctas, num_splits=0)
+        skipped.append(int(result.stats[0]))
+    assert 3 < min(skipped) <= skipped[-1] < skipped[0]
+
+
+@pytest.mark.parametrize("heads", [8, 64, 128])
+def test_bits_of_a_fixed_split(heads):
     """Neither timing nor the number of CTAs nor the rest of the batch has a say."""
-    case = harness.case_of(64, 1, [640, 0, 300])
+    case = harness.case_of(heads, 1, [640, 0, 300])
     kernel = kernel_of(case, 5)
     results = [
         harness.run(kernel, case, policy, ctas=ctas, num_splits=5)
@@ -126,6 +141,7 @@ def test_bits_of_a_fixed_split():
         assert torch.equal(result.out, results[0].out)
         assert torch.equal(result.lse, results[0].lse)
     assert torch.equal(single.out[0], results[0].out[2])
+    assert torch.equal(single.lse[0], results[0].lse[2])
 
 
 MATRIX = [
@@ -153,12 +169,10 @@ def test_matrix(heads, seqlen_q, num_splits, index):
 @pytest.mark.parametrize("heads", [8, 64, 128])
 @pytest.mark.parametrize("num_splits", [0, 1, 2, 5])
 def test_skips(heads, num_splits):
-    """Auto with one worker: nothing is cut, and the oracle's decisions are those of whole tiles."""
     case = harness.case_of(heads, 2 if heads < 64 else 1, [65, 640, 1000], gap=40.0, sink=True)
     kernel = kernel_of(case, num_splits, skip=True, stats=True)
-    ctas = kernel.plan.slots.ranks if num_splits == 0 else 7
     for policy in harness.POLICIES:
-        harness.verify(kernel, case, policy, skip=SKIP, ctas=ctas, num_splits=num_splits)
+        harness.verify(kernel, case, policy, skip=SKIP, ctas=7, num_splits=num_splits)
 
 
 @pytest.mark.parametrize("heads", [16, 64, 128])

@@ -31,9 +31,10 @@ def stream_workspace(device: torch.device, nbytes: int) -> torch.Tensor:
 
 
 def workspace_of(
-    given: torch.Tensor | None, device: torch.device, needed: int, num_splits: int
+    given: torch.Tensor | None, device: torch.device, needed: int, num_splits: int = 1
 ) -> torch.Tensor:
-    """``needed`` bytes: of the workspace of the call, or of the library's own.
+    """``needed`` bytes: of the workspace of the call, or of the library's own. ``num_splits`` is
+    for the message; 0: automatic.
 
     Raises:
         ValueError: the call's is too small.
@@ -41,9 +42,10 @@ def workspace_of(
     if given is None:
         return stream_workspace(device, needed)[:needed]
     if given.numel() < needed:
-        splits = f"{num_splits} splits" if num_splits else "splits as they fit"
+        several = f"{num_splits or 'automatic'} splits of this problem need"
+        who = "this problem needs" if num_splits == 1 else several
         raise ValueError(
-            f"workspace: got {given.numel()} bytes; {splits} of this problem "
-            f"need {needed} (make_workspace(device, nbytes={needed}))"
+            f"workspace: got {given.numel()} bytes; {who} {needed} "
+            f"(make_workspace(device, nbytes={needed}))"
         )
     return given[:needed]

@@ -1,34 +1,15 @@
-"""What a launch passes for its epilogue op, and how an op's function becomes a device function."""
+"""What a launch passes for its epilogue op."""
 
 from __future__ import annotations
 
 import functools
-import types
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
-from triton.runtime import KernelInterface
 
 from cute_fmha.epilogues.base import resolve
+from cute_fmha.kernels.triton.primitives import device_function
 from cute_fmha.ops import Call
-
-
-def device_function(function: Any) -> Any:
-    """`triton.jit` of a plain function in Triton's language from a module that does not import
-    Triton, and of the plain functions beside it that it calls."""
-    if isinstance(function, KernelInterface):
-        return function
-    names = {**function.__globals__, "tl": tl}
-    for name in function.__code__.co_names:
-        callee = names.get(name)
-        if isinstance(callee, types.FunctionType):
-            names[name] = device_function(callee)
-    twin = types.FunctionType(function.__code__, names, function.__name__)
-    twin.__annotations__ = function.__annotations__
-    twin.__module__ = function.__module__
-    return triton.jit(twin)
 
 
 @functools.cache

@@ -36,8 +36,8 @@ shared memory holds only the pair in flight.
 
 Split-KV: tickets, arrivals and combine programs exactly as in decode.py (two arrivals a split).
 
-Pages: a page that is a multiple of 64 tokens comes by TMA (load, 1 warp). Smaller or unevenly
-spaced pages are gathered row by row with cp.async (load, 4 warps).
+Pages: a page that is a multiple of 64 tokens comes by TMA (`load`, 1 warp). Smaller or unevenly
+spaced pages are gathered row by row with cp.async (`gather`, 4 warps).
 
 Constraints: 576/512 or 512/512, rows on 16-byte boundaries.
 """
@@ -45,19 +45,15 @@ Constraints: 576/512 or 512/512, rows on 16-byte boundaries.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from cute_fmha.kernels.triton.hopper_mla_producer import BLOCK, COPY_LAYOUT, ROPE, gather, load
 from cute_fmha.kernels.triton.hopper_splitkv import (
-    DEAD_MAX,
     HALF,
-    LOG2_E,
-    NO_MAX,
     O_LAYOUT,
     O_ROWS,
     ROWS,
@@ -68,21 +64,19 @@ from cute_fmha.kernels.triton.hopper_splitkv import (
     store_half,
     warpgroup_barrier,
 )
+from cute_fmha.kernels.triton.primitives import DEAD_MAX, LOG2_E, NO_MAX
 
 # Scalars of a work tile in shared memory.
 ROW_BEGIN, GROUP, LENGTH_Q, LENGTH_K, WINDOW_LEFT, WINDOW_RIGHT, BATCH, LO, HI = map(
     gl.constexpr, range(9)
 )
 FACTS = gl.constexpr(64)
-BLOCK = gl.constexpr(64)
-ROPE = gl.constexpr(64)
 
 _S_MMA = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
 S_LAYOUT = gl.constexpr(_S_MMA)
 S_ROWS = gl.constexpr(gl.SliceLayout(1, _S_MMA))
 S_COLUMNS = gl.constexpr(gl.SliceLayout(0, _S_MMA))
 Q_ROPE_LAYOUT = gl.constexpr(gl.DotOperandLayout(0, _S_MMA, 2))
-COPY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 FACT_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 VOTES_LAYOUT = gl.constexpr(gl.BlockedLayout([2], [32], [4], [0]))
 
@@ -203,118 +197,6 @@ def _multiply_add(acc, p, v):
 
 
 @gluon.jit
-def _load_partition(
-    latent, rope, k, k_rope, full, empty, block_range, table, page_size, HAS_ROPE: gl.constexpr
-):
-    """Load. Writes K0, K1 in halves. Waits: each half's `empty`. Signals: each half's `full`."""
-    lo, hi = block_range
-    half_bytes: gl.constexpr = BLOCK * HALF * 2
-    rope_bytes: gl.constexpr = BLOCK * ROPE * 2 if HAS_ROPE else 0
-    pairs = (hi - lo + 1) // 2
-    last = hi - 1
-    # An empty range has no page to look up.
-    tokens0 = lo * BLOCK
-    tokens1 = gl.maximum(gl.minimum(lo + 1, last), lo) * BLOCK
-    page0 = gl.load(table + tokens0 // page_size, mask=lo < hi, other=0)
-    page1 = gl.load(table + tokens1 // page_size, mask=lo < hi, other=0)
-    for pair in range(pairs):
-        phase = (pair & 1) ^ 1
-        row0 = page0 * page_size + tokens0 % page_size
-        row1 = page1 * page_size + tokens1 % page_size
-        odd = lo + 2 * pair + 1 < hi
-        # The next pair's pages, so that their latency hides behind this pair's waits.
-        tokens0 = gl.minimum(lo + 2 * pair + 2, last) * BLOCK
-        tokens1 = gl.minimum(lo + 2 * pair + 3, last) * BLOCK
-        page0 = gl.load(table + tokens0 // page_size)
-        page1 = gl.load(table + tokens1 // page_size)
-
-        mbarrier.wait(empty[0], phase)
-        mbarrier.expect(full[0], half_bytes)
-        tma.async_copy_global_to_shared(latent, [row0, 0], full[0], k.index(0))
-
-        mbarrier.wait(empty[1], phase)
-        mbarrier.expect(full[1], half_bytes + rope_bytes)
-        tma.async_copy_global_to_shared(latent, [row0, HALF], full[1], k.index(1))
-        if HAS_ROPE:
-            tma.async_copy_global_to_shared(rope, [row0, 2 * HALF], full[1], k_rope.index(0))
-
-        mbarrier.wait(empty[2], phase, pred=odd)
-        mbarrier.expect(full[2], half_bytes, pred=odd)
-        tma.async_copy_global_to_shared(latent, [row1, 0], full[2], k.index(2), pred=odd)
-
-        mbarrier.wait(empty[3], phase, pred=odd)
-        mbarrier.expect(full[3], half_bytes + rope_bytes, pred=odd)
-        tma.async_copy_global_to_shared(latent, [row1, HALF], full[3], k.index(3), pred=odd)
-        if HAS_ROPE:
-            tma.async_copy_global_to_shared(
-                rope, [row1, 2 * HALF], full[3], k_rope.index(1), pred=odd
-            )
-
-
-@gluon.jit
-def _token_rows(block, block_end, cache, cache_strides, table, page_size, length_k):
-    """Pointers to the 64 latent rows of a block through the page table, and which of them exist."""
-    tokens = block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, COPY_LAYOUT))
-    exists = (tokens < length_k) & (block < block_end)
-    page = gl.load(table + tokens // page_size, mask=exists, other=0)
-    # Strides come in units of 8 elements: the factor tells the compiler of 16-byte alignment.
-    units = page.to(gl.int64) * cache_strides[0] + (tokens % page_size) * cache_strides[1]
-    return cache + units * 8, exists
-
-
-@gluon.jit
-def _gather_columns(rows, exists, FIRST: gl.constexpr, WIDTH: gl.constexpr, destination):
-    """cp.async of columns [FIRST, FIRST + WIDTH) of the rows into one half-block, or rope block."""
-    columns = gl.arange(0, 64, layout=gl.SliceLayout(0, COPY_LAYOUT))
-    for part in gl.static_range(WIDTH // 64):
-        pointers = rows[:, None] + (FIRST + part * 64 + columns)[None, :]
-        target = destination.slice(part * 64, 64, dim=1)
-        async_copy.async_copy_global_to_shared(target, pointers, mask=exists[:, None])
-
-
-@gluon.jit
-def _gather_partition(
-    cache, cache_strides, k, k_rope, full, empty, block_range, table, page_size, length_k,
-    HAS_ROPE: gl.constexpr,
-):  # fmt: skip
-    """Load, for pages smaller than a block: as _load_partition with cp.async, row by row.
-
-    Every thread's copies arrive on `full` (128 arrivals). Consumers fence the proxies.
-    """
-    lo, hi = block_range
-    for pair in range((hi - lo + 1) // 2):
-        phase = (pair & 1) ^ 1
-        block = lo + 2 * pair
-        rows0, exists0 = _token_rows(block, hi, cache, cache_strides, table, page_size, length_k)
-        rows1, exists1 = _token_rows(
-            block + 1, hi, cache, cache_strides, table, page_size, length_k
-        )
-        mbarrier.wait(empty[0], phase)
-        _gather_columns(rows0, exists0, 0, HALF, k.index(0))
-        async_copy.mbarrier_arrive(full[0], increment_count=False)
-        mbarrier.wait(empty[1], phase)
-        _gather_columns(rows0, exists0, HALF, HALF, k.index(1))
-        if HAS_ROPE:
-            _gather_columns(rows0, exists0, 2 * HALF, ROPE, k_rope.index(0))
-        async_copy.mbarrier_arrive(full[1], increment_count=False)
-        if block + 1 < hi:
-            mbarrier.wait(empty[2], phase)
-            _gather_columns(rows1, exists1, 0, HALF, k.index(2))
-            async_copy.mbarrier_arrive(full[2], increment_count=False)
-            mbarrier.wait(empty[3], phase)
-            _gather_columns(rows1, exists1, HALF, HALF, k.index(3))
-            if HAS_ROPE:
-                _gather_columns(rows1, exists1, 2 * HALF, ROPE, k_rope.index(1))
-            async_copy.mbarrier_arrive(full[3], increment_count=False)
-
-
-@gluon.jit
-def _initial_max(row_begin, live_rows):
-    rows = row_begin + gl.arange(0, ROWS, layout=S_ROWS)
-    return gl.where(rows < live_rows, NO_MAX, DEAD_MAX)
-
-
-@gluon.jit
 def _read_vote(votes):
     """1 if any of a block's 64 row flags is set, else 0: a load and one redux in every warp.
 
@@ -359,16 +241,11 @@ def _fetch_queries(
 
 
 @gluon.jit
-def _left_partition(
-    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, per_row, stats,
-    HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
-    GATHER: gl.constexpr,
-):  # fmt: skip
-    """Left. Reads K0, V0_L, V1_L, P1. Writes P0, max0, O_L.
-
-    Waits: K0 and K1_L `full`, `p1`. Signals: `max0`, `p0`, `empty` of K0_L and K1_L.
-    """
-    q, k, k_rope, probabilities, maxima, votes, full, empty, announced, q_ready, facts = shared
+def _begin(
+    query, q, probabilities, q_ready, facts, HALF_INDEX: gl.constexpr, HAS_ROPE: gl.constexpr
+):
+    """A consumer fetches Q. Returns its range of blocks, its rope columns of Q, and its running
+    maximum, sum and O before any block."""
     q_base, q_strides = query
     lo = _fact(facts, LO)
     hi = _fact(facts, HI)
@@ -376,11 +253,31 @@ def _left_partition(
     group = _fact(facts, GROUP)
     live_rows = _fact(facts, LENGTH_Q) * group
     q_rope = _fetch_queries(
-        q, probabilities, q_ready, q_base, q_strides, row_begin, live_rows, group, 0, HAS_ROPE
-    )
-    row_max = _initial_max(row_begin, live_rows)
+        q, probabilities, q_ready, q_base, q_strides, row_begin, live_rows, group, HALF_INDEX,
+        HAS_ROPE,
+    )  # fmt: skip
+    rows = row_begin + gl.arange(0, ROWS, layout=S_ROWS)
+    row_max = gl.where(rows < live_rows, NO_MAX, DEAD_MAX)
     row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
     acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
+    return lo, hi, q_rope, row_max, row_sum, acc
+
+
+@gluon.jit
+def _left_partition(
+    arguments, HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr,
+    NUM_SPLITS: gl.constexpr, GATHER: gl.constexpr,
+):  # fmt: skip
+    """Left. Reads K0, V0_L, V1_L, P1. Writes P0, max0, O_L.
+
+    Waits: K0 and K1_L `full`, `p1`. Signals: `max0`, `p0`, `empty` of K0_L and K1_L.
+    """
+    shared, query, bounds, scores, log2_threshold, place, target, per_row, stats = arguments
+    q, k, k_rope, probabilities, maxima, votes, full, empty, announced, q_ready, facts = shared
+    scale, softcap, sink = scores
+    lo, hi, q_rope, row_max, row_sum, acc = _begin(
+        query, q, probabilities, q_ready, facts, 0, HAS_ROPE
+    )
     skipped = lo * 0
     for block in range(lo, hi, 2):
         phase = ((block - lo) >> 1) & 1
@@ -434,27 +331,19 @@ def _left_partition(
 
 @gluon.jit
 def _right_partition(
-    shared, query, bounds, scale, softcap, log2_threshold, place, target, sink, per_row, stats,
-    HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr, NUM_SPLITS: gl.constexpr,
-    GATHER: gl.constexpr,
+    arguments, HAS_ROPE: gl.constexpr, WINDOWED: gl.constexpr, SKIP: gl.constexpr,
+    NUM_SPLITS: gl.constexpr, GATHER: gl.constexpr,
 ):  # fmt: skip
     """Right. Reads K1, V1_R, V0_R, P0, max0. Writes P1, max1, O_R.
 
     Waits: K1 and K0_R `full`, `max0`, `p0`. Signals: `p1` (with max1), `empty` of K1_R and K0_R.
     """
+    shared, query, bounds, scores, log2_threshold, place, target, per_row, stats = arguments
     q, k, k_rope, probabilities, maxima, votes, full, empty, announced, q_ready, facts = shared
-    q_base, q_strides = query
-    lo = _fact(facts, LO)
-    hi = _fact(facts, HI)
-    row_begin = _fact(facts, ROW_BEGIN)
-    group = _fact(facts, GROUP)
-    live_rows = _fact(facts, LENGTH_Q) * group
-    q_rope = _fetch_queries(
-        q, probabilities, q_ready, q_base, q_strides, row_begin, live_rows, group, 1, HAS_ROPE
+    scale, softcap, sink = scores
+    lo, hi, q_rope, row_max, row_sum, acc = _begin(
+        query, q, probabilities, q_ready, facts, 1, HAS_ROPE
     )
-    row_max = _initial_max(row_begin, live_rows)
-    row_sum = gl.zeros([ROWS], gl.float32, S_ROWS)
-    acc = gl.zeros([ROWS, HALF], gl.float32, O_LAYOUT)
     skipped = lo * 0
     for block in range(lo + 1, hi + 1, 2):
         phase = ((block - lo) >> 1) & 1
@@ -629,17 +518,16 @@ def _main(
     )  # fmt: skip
     query = (q_base, q_strides)
     bounds = (full_begin, full_end)
+    consumer = (
+        shared, query, bounds, scores, log2_threshold, place, target, per_row, stats
+    )  # fmt: skip
     # Registers of (right, load); left gets the rest of 504.
     if GATHER:
         gl.warp_specialize(
             [
-                (_left_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
-                    GATHER)),
-                (_right_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
-                    GATHER)),
-                (_gather_partition, (cache, cache_strides, k, k_rope, full, empty, block_range,
+                (_left_partition, (consumer, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
+                (_right_partition, (consumer, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
+                (gather, (cache, cache_strides, k, k_rope, full, empty, block_range,
                     table, page_size, length_k, HAS_ROPE)),
             ],
             [4, 4],
@@ -648,13 +536,9 @@ def _main(
     else:
         gl.warp_specialize(
             [
-                (_left_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
-                    GATHER)),
-                (_right_partition, (shared, query, bounds, scores[0], scores[1], log2_threshold,
-                    place, target, scores[2], per_row, stats, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS,
-                    GATHER)),
-                (_load_partition, (latent, rope, k, k_rope, full, empty, block_range, table,
+                (_left_partition, (consumer, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
+                (_right_partition, (consumer, HAS_ROPE, WINDOWED, SKIP, NUM_SPLITS, GATHER)),
+                (load, (latent, rope, k, k_rope, full, empty, block_range, table,
                     page_size, HAS_ROPE)),
             ],
             [4, 1],

@@ -54,7 +54,7 @@ why work-tile messages are read twice and why there are zeros that the compiler 
 Memory past a sequence's end may hold NaN: scores there are masked, V rows are zeroed in shared
 memory (0 · NaN is NaN) in the one tile that can contain them, and output rows are predicated.
 
-Constraints: `can_implement` and, for what depends on the tensors, `unaligned`.
+Constraints: `can_implement`; rows of q, k and v start on 16 bytes.
 """
 
 from __future__ import annotations
@@ -73,14 +73,18 @@ from cute_fmha import tiling
 from cute_fmha.epilogues.cast import IDENTITY
 from cute_fmha.kernels.triton.hopper_prefill_consumer import consume
 from cute_fmha.kernels.triton.hopper_prefill_producer import load
-from cute_fmha.kernels.triton.hopper_splitkv import LOG2_E
+from cute_fmha.kernels.triton.primitives import LOG2_E
 from cute_fmha.problem import Problem, Target, target_of
+from cute_fmha.workspace import workspace_of
 
 if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
 SECTION_BYTES = 16 << 20
 """K and V of the heads in flight together. 32 MiB was slower in most single timings, not in all."""
+
+TICKET_BYTES = 8
+"""int32 counters at the head of a workspace: tickets, and CTAs that have stopped."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,14 +115,6 @@ class Plan:
     skip: bool
     skip_relative: bool = False
     poison: bool = False
-
-    @property
-    def warps(self) -> int:
-        return 4 * self.consumers + 1
-
-    @property
-    def stages(self) -> int:
-        return self.k_stages
 
 
 class Barriers(NamedTuple):
@@ -301,17 +297,6 @@ def _variant(base: Plan, skip_relative: bool, poison: bool) -> Plan:
     return dataclasses.replace(base, skip_relative=skip_relative, poison=poison)
 
 
-def unaligned(call: Call) -> str | None:
-    """Why the tensors of ``call`` cannot be read through TMA descriptors; None when they can."""
-    for name, tensor in (("q", call.q), ("k", call.k), ("v", call.v)):
-        if tensor.data_ptr() % 16 != 0:
-            return f"{name} does not start at a multiple of 16 bytes"
-        for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-            if size > 1 and (stride % 8 != 0 or stride < 0):
-                return f"{name} has strides {tuple(tensor.stride())}, not all multiples of 8"
-    return None
-
-
 @functools.cache
 def _descriptor_layout(columns: int) -> gl.NVMMASharedLayout:
     width = 64 if columns == 32 else 128
@@ -329,22 +314,6 @@ def _descriptor(tensor: torch.Tensor, rows: int, columns: int) -> TensorDescript
         tensor, list(tensor.shape), [*strides, 1], [1, rows, 1, columns],
         _descriptor_layout(columns),
     )  # fmt: skip
-
-
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-def _ticket_counters(call: Call) -> torch.Tensor:
-    """int32 [2], zero: of the workspace, else kept per stream (captured graphs get their own)."""
-    if call.workspace is not None:
-        return call.workspace[:8].view(torch.int32)
-    device = call.q.device
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros(2, dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
-    if key not in _counters:
-        _counters[key] = torch.zeros(2, dtype=torch.int32, device=device)
-    return _counters[key]
 
 
 def run(call: Call) -> None:
@@ -390,7 +359,7 @@ def run(call: Call) -> None:
         scores,
         (call.skip_tensor, call.skip_value),
         call.stats,
-        _ticket_counters(call),
+        workspace_of(call.workspace, q.device, TICKET_BYTES).view(torch.int32),
         heads * tiles_m,
         config,
         num_warps=4,

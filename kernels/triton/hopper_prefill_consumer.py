@@ -10,14 +10,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from cute_fmha.kernels.triton.hopper_splitkv import (
-    DEAD_MAX,
-    LN_2,
-    LOG2_E,
-    NO_MAX,
     kv_tile_ranges,
     skip_threshold,
     warpgroup_barrier,
 )
+from cute_fmha.kernels.triton.primitives import DEAD_MAX, LN_2, LOG2_E, NO_MAX
 
 
 # ------------------------------------------------------------------------------ softmax

@@ -1,21 +1,16 @@
 """How hopper_mla_decode.py gets its result out: the store of O halves and the combine of splits.
 
 Tickets, counters and workspace are those of decode.py, with two arrivals a split (one for each
-half of O). Also the score-space constants and the device versions of tiling.py that it uses.
+half of O). Also what the Gluon kernels share with the others, compiled by Gluon.
 """
 
-import types
-
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from cute_fmha import tiling
+from cute_fmha.kernels.triton import primitives
+from cute_fmha.kernels.triton.primitives import LN_2, LOG2_E, NO_MAX, device_function
 
-NO_MAX = gl.constexpr(-1.0e30)
-DEAD_MAX = gl.constexpr(1.0e30)
-LOG2_E = gl.constexpr(1.4426950408889634)
-LN_2 = gl.constexpr(0.6931471805599453)
 ROWS = gl.constexpr(64)
 HALF = gl.constexpr(256)
 
@@ -28,26 +23,9 @@ O_COLUMNS = gl.constexpr(gl.SliceLayout(0, _O_MMA))
 warpgroup_barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
-def _device(function):
-    """`gluon.jit` of plain integer arithmetic from a module that knows nothing of Triton."""
-    names = {**function.__globals__, "tl": tl, "gl": gl}
-    return gluon.jit(types.FunctionType(function.__code__, names, function.__name__))
-
-
-kv_tile_ranges = _device(tiling.kv_tile_ranges)
-split_tile_range = _device(tiling.split_tile_range)
-
-
-@gluon.jit
-def skip_threshold(skip_tensor, skip_value, length_k, RELATIVE: gl.constexpr):
-    """log2 λ; −inf where λ is off (as primitives.skip_threshold)."""
-    value = skip_value
-    if skip_tensor is not None:
-        value = gl.load(skip_tensor)
-    if RELATIVE:
-        value = value / gl.maximum(length_k, 1).to(gl.float32)
-    log2_value = gl.log2(gl.minimum(gl.where(value > 0.0, value, 1.0), 1.0))
-    return gl.where(value > 0.0, log2_value, float("-inf"))
+kv_tile_ranges = device_function(tiling.kv_tile_ranges, gluon.jit, gl)
+split_tile_range = device_function(tiling.split_tile_range, gluon.jit, gl)
+skip_threshold = device_function(primitives.skip_threshold.fn, gluon.jit, gl)
 
 
 @gluon.jit

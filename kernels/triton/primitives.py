@@ -13,19 +13,32 @@ import types
 
 import triton
 import triton.language as tl
+from triton.runtime import KernelInterface
 
 from cute_fmha import tiling
 
 
-def _device(function):
-    """`triton.jit` of plain integer arithmetic from a module that knows nothing of Triton: the
-    interpreter looks for ``tl`` among a function's globals."""
-    names = {**function.__globals__, "tl": tl}
-    return triton.jit(types.FunctionType(function.__code__, names, function.__name__))
+def device_function(function, jit=triton.jit, language=tl):
+    """``jit`` of a plain function in Triton's language from a module that does not import Triton,
+    and of the plain functions beside it that it calls; what it calls ``tl`` is ``language``.
+
+    Plain arithmetic gets ``tl``, too: the interpreter looks for it among a function's globals.
+    """
+    if isinstance(function, KernelInterface):
+        return function
+    names = {**function.__globals__, "tl": language}
+    for name in function.__code__.co_names:
+        callee = names.get(name)
+        if isinstance(callee, types.FunctionType):
+            names[name] = device_function(callee, jit, language)
+    twin = types.FunctionType(function.__code__, names, function.__name__)
+    twin.__annotations__ = function.__annotations__
+    twin.__module__ = function.__module__
+    return jit(twin)
 
 
-kv_tile_ranges = _device(tiling.kv_tile_ranges)
-split_tile_range = _device(tiling.split_tile_range)
+kv_tile_ranges = device_function(tiling.kv_tile_ranges)
+split_tile_range = device_function(tiling.split_tile_range)
 
 NO_MAX = tl.constexpr(-1.0e30)
 DEAD_MAX = tl.constexpr(1.0e30)

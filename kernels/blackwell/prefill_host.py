@@ -8,13 +8,13 @@ takes. Only `compile_arguments` needs CuTe DSL. What a call does not have is Non
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from cute_fmha.kernels.blackwell.epilogue import device_view, op_arguments, op_of, placeholders
 from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan, packed_heads
+from cute_fmha.kernels.blackwell.scores import multipliers
 from cute_fmha.problem import Problem, Target
 
 if TYPE_CHECKING:
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 __all__ = ["NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles"]
 
 NAME = "prefill"
-
-LOG2_E = math.log2(math.e)
 
 
 def plan_of(problem: Problem) -> Plan:
@@ -83,13 +81,9 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
     The stream is not among them: TVM-FFI takes PyTorch's current one.
     """
     window = (problem.window_left, problem.window_right)
-    softcap = problem.softcap
 
     def arguments(call: Call) -> tuple[Any, ...]:
-        scale, cap_inner = call.scale, 0.0
-        if softcap:
-            scale, cap_inner = call.softcap, scale / call.softcap
-        scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value)
+        scalars = (*multipliers(call), *window, call.skip_value)
         return (
             call.q, call.k, call.v, device_view(call.out), call.lse, call.sink, call.skip_tensor,
             call.stats, op_arguments(call),

@@ -20,8 +20,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.scores import LOG2_E
 
-LOG2_E = math.log2(math.e)
 LN2 = math.log(2.0)
 
 EMPTY = -1.0e30

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -11,14 +10,25 @@ from typing import Any
 import torch
 
 from cute_fmha import dispatch, ops, repeat
+from cute_fmha.checks import (
+    check_qkv,
+    check_query,
+    check_tensor,
+    refuse_gradients,
+    require,
+    require_value,
+    resolve_max_seqlen,
+    resolve_scale,
+    resolve_softcap,
+    resolve_splits,
+    resolve_window,
+)
 from cute_fmha.dispatch import BACKENDS
 from cute_fmha.epilogues.base import EpilogueOp
 from cute_fmha.epilogues.cast import IDENTITY
-from cute_fmha.problem import HEAD_DIMS, MLA_HEAD_DIMS, BlockMask, SkipSoftmax
+from cute_fmha.problem import MLA_HEAD_DIMS, BlockMask, SkipSoftmax
 from cute_fmha.stats import SkipStats
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-MAX_SPLITS = 256
 DEFAULT_WORKSPACE_BYTES = 128 << 20
 
 
@@ -62,105 +72,6 @@ def make_workspace(
     return torch.zeros(nbytes, dtype=torch.uint8, device=device)
 
 
-def _require(condition: bool, argument: str, got: object, allowed: object, *values: object) -> None:
-    """Refuse with what was ``got`` and what is ``allowed``, a template for ``values`` if any.
-
-    Formatting waits for the failure: done eagerly it would cost host time on every call, and a
-    symbolic size that is made a string specialises a compiled graph to one batch size.
-    """
-    if not condition:
-        text = str(allowed).format(*values) if values else allowed
-        raise ValueError(f"{argument}: got {got}; allowed: {text}")
-
-
-def _require_value(condition: bool, argument: str, value: object, allowed: str) -> None:
-    """`_require` that shows ``repr(value)``, taken only on failure: Dynamo cannot trace it."""
-    if not condition:
-        _require(False, argument, repr(value), allowed)
-
-
-def _check_tensor(
-    name: str,
-    tensor: torch.Tensor | None,
-    like: torch.Tensor,
-    dtype: torch.dtype,
-    shape: tuple[int | None, ...],
-    meaning: str,
-    contiguous: bool = True,
-) -> None:
-    """Refuse a tensor whose device, dtype, shape (None: any) or last stride is not as stated."""
-    if tensor is None:
-        return
-    _require(
-        isinstance(tensor, torch.Tensor), name, type(tensor).__name__, "a torch.Tensor {}", meaning
-    )
-    _require(tensor.device == like.device, f"{name} device", tensor.device, like.device)
-    _require(tensor.dtype == dtype, f"{name} dtype", tensor.dtype, dtype)
-    matches = tensor.dim() == len(shape) and all(
-        want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
-    )
-    if not matches:
-        sizes = ", ".join("any" if want is None else str(want) for want in shape)
-        known = any(want is not None for want in shape)
-        allowed = "{} = [{}]" if known else "{}"
-        _require(False, f"{name} shape", tuple(tensor.shape), allowed, meaning, sizes)
-    if contiguous and tensor.dim() > 0 and tensor.numel() > 0:
-        _require(
-            tensor.stride(-1) == 1 or tensor.shape[-1] == 1,
-            f"{name} strides", tuple(tensor.stride()), "a contiguous last dimension",
-        )  # fmt: skip
-
-
-def _no_grad_check(**tensors: torch.Tensor | None) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, tensor in tensors.items():
-        if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
-            raise NotImplementedError(
-                f"{name}.requires_grad is True, and cute_fmha has no backward pass: call it under "
-                "torch.no_grad() or torch.inference_mode(), or train with "
-                "torch.nn.functional.scaled_dot_product_attention"
-            )
-
-
-def _resolve_scale(scale: float | None, width: int) -> float:
-    if scale is None:
-        return 1.0 / math.sqrt(width)
-    _require_value(
-        isinstance(scale, (int, float)) and 0 < scale < math.inf,
-        "scale", scale, "None or a finite number > 0",
-    )  # fmt: skip
-    return float(scale)
-
-
-def _resolve_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, int]:
-    left, right = -1, -1
-    if window is not None:
-        pair = isinstance(window, (tuple, list)) and len(window) == 2
-        valid = pair and all(isinstance(w, int) and w >= -1 for w in window)
-        _require(valid, "window", window, "None or (left, right), integers >= -1 (-1: unbounded)")
-        left, right = window
-    return left, (0 if causal else right)
-
-
-def _resolve_softcap(softcap: float) -> float:
-    _require_value(
-        isinstance(softcap, (int, float)) and 0 <= softcap < math.inf,
-        "softcap", softcap, "0 (off) or a finite number > 0",
-    )  # fmt: skip
-    return float(softcap)
-
-
-def _resolve_splits(num_splits: int | None) -> int:
-    if num_splits is None:
-        return 0
-    _require_value(
-        isinstance(num_splits, int) and 1 <= num_splits <= MAX_SPLITS,
-        "num_splits", num_splits, f"None (automatic) or an integer in [1, {MAX_SPLITS}]",
-    )  # fmt: skip
-    return num_splits
-
-
 def _resolve_skip(
     skip: SkipSoftmax | None, like: torch.Tensor
 ) -> tuple[bool, torch.Tensor | None, float, bool]:
@@ -169,7 +80,7 @@ def _resolve_skip(
         skip = _ambient.skip
     if skip is None:
         return False, None, 0.0, False
-    _require(
+    require(
         isinstance(skip, SkipSoftmax),
         "skip",
         type(skip).__name__,
@@ -177,7 +88,7 @@ def _resolve_skip(
     )
     value = skip.value
     if isinstance(value, torch.Tensor):
-        _require(value.device == like.device, "skip tensor device", value.device, like.device)
+        require(value.device == like.device, "skip tensor device", value.device, like.device)
         return True, value, 0.0, skip.relative
     return skip.enabled, None, float(value), skip.relative
 
@@ -220,15 +131,15 @@ def _resolve_common(
     backend: str,
 ) -> torch.Tensor | None:
     """Checks that both calls share; returns the counters of ``stats``."""
-    _check_tensor("sink", sink, q, torch.float32, (q.shape[-2],), "[Hq]")
-    _require_value(backend in BACKENDS, "backend", backend, ", ".join(BACKENDS))
-    _check_tensor(
+    check_tensor("sink", sink, q, torch.float32, (q.shape[-2],), "[Hq]")
+    require_value(backend in BACKENDS, "backend", backend, ", ".join(BACKENDS))
+    check_tensor(
         "workspace", workspace, q, torch.uint8, (None,), "1-dimensional, from make_workspace()"
     )
     if stats is None:
         return None
-    _require(isinstance(stats, SkipStats), "stats", type(stats).__name__, "a cute_fmha.SkipStats")
-    _check_tensor("stats counters", stats.counters, q, torch.int64, (2,), "[2] on the device of q")
+    require(isinstance(stats, SkipStats), "stats", type(stats).__name__, "a cute_fmha.SkipStats")
+    check_tensor("stats counters", stats.counters, q, torch.int64, (2,), "[2] on the device of q")
     return stats.counters
 
 
@@ -237,7 +148,7 @@ def _resolve_epilogue(
 ) -> tuple[EpilogueOp, tuple[torch.Tensor, ...]]:
     """The op, its tensors checked."""
     op = IDENTITY if epilogue is None else epilogue
-    _require(
+    require(
         isinstance(op, EpilogueOp),
         "epilogue",
         type(op).__name__,
@@ -245,8 +156,8 @@ def _resolve_epilogue(
     )
     tensors = op.tensors
     for tensor in tensors:
-        _require(tensor.device == q.device, "epilogue tensor device", tensor.device, q.device)
-        _no_grad_check(epilogue=tensor)
+        require(tensor.device == q.device, "epilogue tensor device", tensor.device, q.device)
+        refuse_gradients(epilogue=tensor)
     op.validate(q, head_dim_v)
     return op, tensors
 
@@ -269,7 +180,7 @@ def _outputs(
     extra: torch.Tensor | None = None
     # With two outputs `out` alone is a pair of tensors already.
     if isinstance(out, tuple) and (spec is None or (out and isinstance(out[0], tuple))):
-        _require(
+        require(
             len(names) > 0 and len(out) == 1 + len(names), "out", f"a tuple of {len(out)}",
             "as the call returns it: (out, lse) together with return_lse",
         )  # fmt: skip
@@ -277,8 +188,8 @@ def _outputs(
         results = dict(zip(names, given, strict=True))
         for index, (name, tensor) in enumerate(results.items(), start=1):
             place = f"out[{index}] ({name})"
-            _check_tensor(place, tensor, q, torch.float32, per_row_shape, name, False)
-            _require(tensor.is_contiguous(), f"{place} strides", tensor.stride(), "contiguous")
+            check_tensor(place, tensor, q, torch.float32, per_row_shape, name, False)
+            require(tensor.is_contiguous(), f"{place} strides", tensor.stride(), "contiguous")
     else:
         results = {name: q.new_empty(per_row_shape, dtype=torch.float32) for name in names}
     if spec is not None:
@@ -287,73 +198,16 @@ def _outputs(
             extra = allocate(spec.shape, dtype=spec.dtype)
         else:
             pair = isinstance(out, tuple) and len(out) == 2
-            _require(pair, "out", type(out).__name__, "a pair, as epilogue {} returns", op.key)
+            require(pair, "out", type(out).__name__, "a pair, as epilogue {} returns", op.key)
             out, extra = out
             meaning = "the epilogue's second output"
-            _check_tensor("out (second)", extra, q, spec.dtype, spec.shape, meaning, False)
-            _require(extra.is_contiguous(), "out (second) strides", extra.stride(), "contiguous")
+            check_tensor("out (second)", extra, q, spec.dtype, spec.shape, meaning, False)
+            require(extra.is_contiguous(), "out (second) strides", extra.stride(), "contiguous")
     if out is None:
         out = q.new_empty(shape, dtype=out_dtype)
     else:
-        _check_tensor("out", out, q, out_dtype, shape, "[..., Hq, columns]")
+        check_tensor("out", out, q, out_dtype, shape, "[..., Hq, columns]")
     return out, extra, results
-
-
-def _check_query(q: torch.Tensor, shape: tuple[int | None, ...], meaning: str) -> None:
-    """q first and alone: every other tensor is compared with it."""
-    _require(isinstance(q, torch.Tensor), "q", type(q).__name__, f"a torch.Tensor {meaning}")
-    _require(q.dtype in DTYPES, "q dtype", q.dtype, ", ".join(map(str, DTYPES)))
-    _check_tensor("q", q, q, q.dtype, shape, meaning)
-
-
-_KEY_SHAPES = {
-    "dense": ("[B, Sk, Hkv, D]", "[B, Sk, Hkv, Dv]"),
-    "packed": ("[total_k, Hkv, D]", "[total_k, Hkv, Dv]"),
-    "paged": ("[pages, page_size, Hkv, D]", "[pages, page_size, Hkv, Dv]"),
-}
-"""Of k and v."""
-
-
-def _check_qkv(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed_q: bool, layout: str
-) -> None:
-    if packed_q:
-        _check_query(q, (None,) * 3, "[total_q, Hq, D]")
-    else:
-        _check_query(q, (None,) * 4, "[B, Sq, Hq, D]")
-    sizes = (None,) * (3 if layout == "packed" else 4)
-    for name, tensor, meaning in zip(("k", "v"), (k, v), _KEY_SHAPES[layout], strict=True):
-        _require(isinstance(tensor, torch.Tensor), name, type(tensor).__name__, "a torch.Tensor")
-        _check_tensor(name, tensor, q, q.dtype, sizes, meaning)
-    _require(
-        k.shape[:-1] == v.shape[:-1],
-        "v shape",
-        tuple(v.shape),
-        "that of k, {}, but Dv",
-        k.shape,
-    )
-    pair = (q.shape[-1], v.shape[-1])
-    _require(
-        pair == (192, 128) or (pair[0] == pair[1] and pair[0] in HEAD_DIMS),
-        "head dims (D, Dv)", pair, "equal pairs of {}, and (192, 128)", HEAD_DIMS,
-    )  # fmt: skip
-    _require(k.shape[-1] == q.shape[-1], "k head dim", k.shape[-1], "that of q, {}", q.shape[-1])
-    _require(
-        k.shape[-2] > 0 and q.shape[-2] > 0 and q.shape[-2] % k.shape[-2] == 0,
-        "heads (Hq, Hkv)", (q.shape[-2], k.shape[-2]), "Hq a positive multiple of Hkv",
-    )  # fmt: skip
-
-
-def _resolve_max_seqlen(name: str, value: int | None, packed: bool, dense: int) -> int:
-    if not packed:
-        return dense
-    cu_seqlens = f"cu_seqlens_{name[-1]}"
-    _require_value(
-        isinstance(value, (int, torch.SymInt)) and value >= 0,
-        name, value, f"an integer >= 0 with packed input ({cu_seqlens} is on the device)",
-    )  # fmt: skip
-    assert value is not None
-    return value
 
 
 def attention(
@@ -425,7 +279,7 @@ def attention(
         ValueError: an argument is out of range; the message names it and what is allowed.
         NotImplementedError: the backend cannot run this problem, or gradients were asked for.
     """
-    _no_grad_check(q=q, k=k, v=v, sink=sink)
+    refuse_gradients(q=q, k=k, v=v, sink=sink)
     key, special = _repeat_key(
         (q, k, v, out, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k, sink, workspace),
         (scale, causal, window, softcap, max_seqlen_q, max_seqlen_k, return_lse, num_splits,
@@ -445,47 +299,47 @@ def attention(
     packed_q, packed_k, paged = (
         cu_seqlens_q is not None, cu_seqlens_k is not None, block_table is not None
     )  # fmt: skip
-    _require(
+    require(
         packed_q == packed_k or (packed_q and paged),
         "cu_seqlens_q, cu_seqlens_k", "only one of them",
         "both (packed q, k and v), none, or cu_seqlens_q with block_table",
     )  # fmt: skip
-    _require(
+    require(
         not (packed_k and paged), "block_table", "given with cu_seqlens_k", "paged or packed keys"
     )
-    _check_qkv(q, k, v, packed_q, "paged" if paged else "packed" if packed_k else "dense")
+    check_qkv(q, k, v, packed_q, "paged" if paged else "packed" if packed_k else "dense")
     counters = _resolve_common(q, sink, stats, workspace, backend)
     batch = q.shape[0]
     if cu_seqlens_q is not None:
-        _check_tensor("cu_seqlens_q", cu_seqlens_q, q, torch.int32, (None,), "[B + 1]")
+        check_tensor("cu_seqlens_q", cu_seqlens_q, q, torch.int32, (None,), "[B + 1]")
         batch = cu_seqlens_q.shape[0] - 1
-        _require(batch >= 0, "cu_seqlens_q shape", (0,), "[B + 1]")
-    _check_tensor("cu_seqlens_k", cu_seqlens_k, q, torch.int32, (batch + 1,), "[B + 1]")
-    _check_tensor("block_table", block_table, q, torch.int32, (batch, None), "[B, max_pages]")
-    _check_tensor("seqused_k", seqused_k, q, torch.int32, (batch,), "[B]")
+        require(batch >= 0, "cu_seqlens_q shape", (0,), "[B + 1]")
+    check_tensor("cu_seqlens_k", cu_seqlens_k, q, torch.int32, (batch + 1,), "[B + 1]")
+    check_tensor("block_table", block_table, q, torch.int32, (batch, None), "[B, max_pages]")
+    check_tensor("seqused_k", seqused_k, q, torch.int32, (batch,), "[B]")
     if block_table is not None:
-        _require(seqused_k is not None, "seqused_k", None, "int32 [{}] with block_table", batch)
+        require(seqused_k is not None, "seqused_k", None, "int32 [{}] with block_table", batch)
         max_k = block_table.shape[1] * k.shape[1]
     else:
-        _require(packed_k or k.shape[0] == batch, "k batch", k.shape[0], "that of q, {}", batch)
-        max_k = _resolve_max_seqlen("max_seqlen_k", max_seqlen_k, packed_k, k.shape[1])
-    max_q = _resolve_max_seqlen("max_seqlen_q", max_seqlen_q, packed_q, q.shape[1])
+        require(packed_k or k.shape[0] == batch, "k batch", k.shape[0], "that of q, {}", batch)
+        max_k = resolve_max_seqlen("max_seqlen_k", max_seqlen_k, packed_k, k.shape[1])
+    max_q = resolve_max_seqlen("max_seqlen_q", max_seqlen_q, packed_q, q.shape[1])
     mask, mask_m, mask_n = None, 0, 0
     if block_mask is not None:
-        _require(
+        require(
             isinstance(block_mask, BlockMask), "block_mask", type(block_mask).__name__,
             "a cute_fmha.BlockMask or None",
         )  # fmt: skip
         mask, mask_m, mask_n = block_mask.mask, block_mask.block_m, block_mask.block_n
         blocks = (-(-max_q // mask_m), -(-max_k // mask_n))
         meaning = "[1 or B, 1 or Hq, blocks of Sq, blocks of Sk]"
-        _check_tensor("block_mask", mask, q, torch.bool, (None, None, *blocks), meaning)
-        _require(
+        check_tensor("block_mask", mask, q, torch.bool, (None, None, *blocks), meaning)
+        require(
             mask.shape[0] in (1, batch) and mask.shape[1] in (1, q.shape[-2]),
             "block_mask shape", tuple(mask.shape), "[1 or {}, 1 or {}, {}, {}]", batch,
             q.shape[-2], *blocks,
         )  # fmt: skip
-    left, right = _resolve_window(window, causal)
+    left, right = resolve_window(window, causal)
     skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
     lse_shape = (q.shape[1], q.shape[0]) if packed_q else (batch, q.shape[2], q.shape[1])
     op, tensors = _resolve_epilogue(epilogue, q, v.shape[-1])
@@ -494,8 +348,8 @@ def attention(
     arguments = (
         q, k, v, result, lse, workspace, counters, extra, cu_seqlens_q, cu_seqlens_k, max_q, max_k,
         block_table, seqused_k, mask, mask_m, mask_n, sink, skip_tensor,
-        _resolve_scale(scale, q.shape[-1]), left, right, _resolve_softcap(softcap), skip_on,
-        skip_value, skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values,
+        resolve_scale(scale, q.shape[-1]), left, right, resolve_softcap(softcap), skip_on,
+        skip_value, skip_relative, resolve_splits(num_splits), op.key, tensors, op.values,
     )  # fmt: skip
     if key is None:
         torch.ops.cute_fmha.attention(*arguments, backend)
@@ -562,7 +416,7 @@ def mla_decode(
         ValueError: an argument is out of range; the message names it and what is allowed.
         NotImplementedError: the backend cannot run this problem, or gradients were asked for.
     """
-    _no_grad_check(q=q, kv_cache=kv_cache, sink=sink)
+    refuse_gradients(q=q, kv_cache=kv_cache, sink=sink)
     key, special = _repeat_key(
         (q, kv_cache, out, block_table, cache_seqlens, sink, workspace),
         ("mla_decode", head_dim_v, scale, causal, window, softcap, return_lse, return_max_logits,
@@ -580,23 +434,23 @@ def mla_decode(
             skip_tensor=skip_tensor, backend=backend,
         )  # fmt: skip
         return (result, *rows) if rows else result
-    _check_query(q, (None,) * 4, "[B, Sq, Hq, 576 or 512]")
+    check_query(q, (None,) * 4, "[B, Sq, Hq, 576 or 512]")
     width = q.shape[3]
-    _require(
+    require(
         (width, head_dim_v) in MLA_HEAD_DIMS, "(q width, head_dim_v)", (width, head_dim_v),
         ", ".join(map(str, MLA_HEAD_DIMS)),
     )  # fmt: skip
-    _require(q.shape[2] > 0, "q heads", q.shape[2], "at least 1")
+    require(q.shape[2] > 0, "q heads", q.shape[2], "at least 1")
     meaning = "[pages, page_size, 1, width of q]"
-    _require(kv_cache is not None, "kv_cache", None, "a torch.Tensor {}", meaning)
-    _check_tensor("kv_cache", kv_cache, q, q.dtype, (None, None, 1, width), meaning)
+    require(kv_cache is not None, "kv_cache", None, "a torch.Tensor {}", meaning)
+    check_tensor("kv_cache", kv_cache, q, q.dtype, (None, None, 1, width), meaning)
     counters = _resolve_common(q, sink, stats, workspace, backend)
     batch = q.shape[0]
-    _require(block_table is not None, "block_table", None, "int32 [{}, max_pages]", batch)
-    _require(cache_seqlens is not None, "cache_seqlens", None, "int32 [{}]", batch)
-    _check_tensor("block_table", block_table, q, torch.int32, (batch, None), "[B, max_pages]")
-    _check_tensor("cache_seqlens", cache_seqlens, q, torch.int32, (batch,), "[B]")
-    left, right = _resolve_window(window, causal)
+    require(block_table is not None, "block_table", None, "int32 [{}, max_pages]", batch)
+    require(cache_seqlens is not None, "cache_seqlens", None, "int32 [{}]", batch)
+    check_tensor("block_table", block_table, q, torch.int32, (batch, None), "[B, max_pages]")
+    check_tensor("cache_seqlens", cache_seqlens, q, torch.int32, (batch,), "[B]")
+    left, right = resolve_window(window, causal)
     skip_on, skip_tensor, skip_value, skip_relative = _resolve_skip(skip, q)
     op, tensors = _resolve_epilogue(epilogue, q, head_dim_v)
     result, extra, per_row = _outputs(
@@ -606,8 +460,8 @@ def mla_decode(
     arguments = (
         q, kv_cache, result, per_row.get("lse"), per_row.get("max_logits"), workspace, counters,
         extra, block_table, cache_seqlens, head_dim_v, sink, skip_tensor,
-        _resolve_scale(scale, width), left, right, _resolve_softcap(softcap), skip_on, skip_value,
-        skip_relative, _resolve_splits(num_splits), op.key, tensors, op.values,
+        resolve_scale(scale, width), left, right, resolve_softcap(softcap), skip_on, skip_value,
+        skip_relative, resolve_splits(num_splits), op.key, tensors, op.values,
     )  # fmt: skip
     if key is None:
         torch.ops.cute_fmha.mla_decode(*arguments, backend)

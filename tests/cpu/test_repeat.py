@@ -50,7 +50,7 @@ def checks(monkeypatch):
     """How often a call was checked, as a list that grows."""
     repeat._known.clear()
     seen: list[str] = []
-    for name in ("_check_query", "_resolve_window"):
+    for name in ("check_query", "check_qkv", "resolve_window"):
         original = getattr(api, name)
 
         def noting(*arguments, original=original, name=name):

@@ -211,24 +211,26 @@ EVERYTHING: dict[str, Any] = {
 
 
 def short_list(arch: int) -> Iterator[Variant]:
-    """Every kernel that the architecture has, plain or with everything in it."""
-    yield Variant(arch, "prefill", 128, 128, portable=True)
-    yield Variant(arch, "prefill", 128, 128, portable=True, **EVERYTHING)
-    yield Variant(arch, "decode", 128, 128, 128, num_splits=1, **EVERYTHING)
-    yield Variant(arch, "decode", 128, 128, num_splits=4, page_size=16)
-    yield Variant(arch, "mla", 576, 512, 128, num_splits=4, page_size=64, **EVERYTHING)
-    # These have spilled.
-    if arch == 80:
-        yield Variant(arch, "decode", 64, 64, num_splits=4, window=(100, -1))
-        yield Variant(arch, "decode", 512, 512, num_splits=1, softcap=3.0, sink=True)
-    if arch == 100:
-        yield Variant(arch, "prefill", 256, 256, portable=True)
-    yield Variant(arch, "prefill", 256, 256, epilogue="nvfp4")
-    yield Variant(arch, "decode", 128, 128, 128, num_splits=4, epilogue="fp8")
+    """Every kernel that the architecture has, mostly with everything in it."""
+    yield Variant(arch, "prefill", 128, 128, packed=arch == 90, **EVERYTHING)
     if arch == 90:
-        yield Variant(arch, "prefill", 128, 128, packed=True, **EVERYTHING)
+        yield Variant(arch, "mla", 576, 512, 128, num_splits=4, page_size=64, **EVERYTHING)
         yield Variant(arch, "mla", 576, 512, page_size=16)
-        yield Variant(arch, "mla", 576, 512, 128, num_splits=4, page_size=64, epilogue="nvfp4")
+    else:
+        yield Variant(arch, "decode", 128, 128, 128, num_splits=1, **EVERYTHING)
+    yield Variant(arch, "decode", 128, 128, 128, num_splits=4, epilogue="fp8")
+
+
+def crowded(arch: int) -> Iterator[Variant]:
+    """What has spilled, and what has few registers left."""
+    yield Variant(arch, "prefill", 256, 256, portable=True)
+    yield Variant(arch, "prefill", 256, 256, epilogue="nvfp4")
+    yield Variant(arch, "mla", 576, 512, 128, num_splits=4, page_size=64, portable=True)
+    yield Variant(arch, "decode", 64, 64, num_splits=4, window=(100, -1))
+    yield Variant(arch, "decode", 512, 512, num_splits=1, softcap=3.0, sink=True)
+    yield Variant(arch, "mla", 576, 512, num_splits=4, page_size=64, epilogue="nvfp4")
+    for options in ({"skip": True, "sink": True}, EVERYTHING):
+        yield Variant(arch, "decode", 512, 512, num_splits=1, epilogue="nvfp4", **options)
 
 
 def epilogues(arch: int) -> Iterator[Variant]:
@@ -248,11 +250,11 @@ def epilogues(arch: int) -> Iterator[Variant]:
 
 
 def matrix(arch: int) -> list[Variant]:
-    """Head dims × skip × stats × windows × sink × splits, shuffled: a run cut short has seen some
-    of every option on every kernel, and always the same ones first."""
+    """Crowded ones, then head dims × skip × stats × windows × sink × splits, shuffled: a run cut
+    short has seen some of every option on every kernel, and always the same ones first."""
     variants = list(_matrix(arch))
     random.Random(0).shuffle(variants)
-    return variants
+    return [*crowded(arch), *variants]
 
 
 def _matrix(arch: int) -> Iterator[Variant]:

@@ -989,22 +989,3 @@ def test_library_is_cached(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> No
     with pytest.raises(build.BuildError, match=r"three\.c"):
         build.build_library("three", [source])
     assert not list((tmp_path / "cache").rglob(".*"))
-
-
-# ---------------------------------------------------------------- speed
-
-
-def test_speed() -> None:
-    """Printed, not asserted: a loop of plain arithmetic."""
-    body = "mov.b32 %r1, 0; mov.b32 %r0, 0;\nLOOP:\n"
-    for i in range(16):
-        body += f"add.u32 %r{2 + i}, %r1, {i}; mul.lo.u32 %r0, %r{2 + i}, %r0;\n"
-    body += "add.u32 %r1, %r1, 1; setp.lt.u32 %p1, %r1, 500; @%p1 bra LOOP;"
-    out = np.zeros(256, np.uint32)
-    source = kernel(body + STORE)
-    load(source)
-    start = time.perf_counter()
-    result = run_ptx(source, out, block=(256, 1, 1))
-    seconds = time.perf_counter() - start
-    rate = result.counters.steps / seconds / 1e6
-    print(f"{rate:.1f} million warp instructions a second")

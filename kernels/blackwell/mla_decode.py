@@ -220,6 +220,8 @@ class MlaDecode:
                 combine(work(), self.store, warp, COMBINE_WARPS, COMBINE)
         self.meet()
         if warp == mma_warp:
+            # Read again: all roles would have to keep the address until here.
+            tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)
 
     def meet(self) -> None:

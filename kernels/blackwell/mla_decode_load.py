@@ -7,17 +7,19 @@ from typing import Any
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
-from cutlass.cute.nvgpu import cpasync
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.ragged import cut
+from cute_fmha.kernels.blackwell.ragged import corner
 from cute_fmha.kernels.blackwell.worklist import Piece
 
 ABSENT = -1
 """A page that no cache has: its row arrives as zeros."""
+
+ROW_BYTES = 128
+"""A row of a unit, dense in shared memory."""
 
 
 @cute.jit
@@ -34,7 +36,7 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
         piece = work.pieces.piece(place)
         found = lookup(work, piece, piece.begin)
         for n in cutlass.range(piece.begin, piece.end, unroll=1):
-            boxes = kind(work, shared, piece, n, found)
+            boxes = kind(work, shared, found)
             # The block table is read a tile ahead of its use.
             found = lookup(work, piece, n + 1)
             if cutlass.const_expr(plan.rope):
@@ -70,8 +72,8 @@ def announce(work: Work, barriers: Barriers, name: cutlass.Constexpr, size: int,
 
 @cute.jit
 def lookup(work: Work, piece: Piece, n: Int32):
-    """What a lane looks up in the block table for tile ``n``: (page, first row there) of box
-    ``lane``; where rows are gathered, those of keys ``lane`` and ``lane`` + 32.
+    """What a lane looks up in the block table for tile ``n``: where box ``lane`` lies, as
+    (PAGE_ROW, PAGE, END) of a `ragged` map; gathered, the rows of keys ``lane``, ``lane`` + 32.
 
     Of boxes past the sequence nothing is fetched, and their entries are not read."""
     plan, mem = work.plan, work.mem
@@ -85,50 +87,45 @@ def lookup(work: Work, piece: Piece, n: Int32):
     else:
         page_rows = plan.page_size or mem.mKV.shape[0]
         key = first + cutlass.min(lane, plan.boxes - 1) * plan.box_rows
-        number = key // page_rows
-        found = [Int32(0), key - number * page_rows]
+        number, page = key // page_rows, Int32(0)
         if key < piece.length:
-            found[0] = mem.mTable[piece.batch, number]
+            page = mem.mTable[piece.batch, number]
+        rows = cutlass.max(cutlass.min(piece.length - key, plan.box_rows), 0)
+        row, end = corner(mem.mKV.shape[0], key - number * page_rows, rows)
+        found = [row, page, end]
     return found
 
 
 class Boxes:
     """The boxes of a tile, cut where the sequence ends, from what `lookup` gave the lanes."""
 
-    def __init__(self, work: Work, shared: Shared, piece: Piece, n: Int32, found: Any) -> None:
-        self.plan, self.mem = work.plan, work.mem
-        page, first_row = found
-        # (PAGE_ROW, UNIT_COLUMN, UNIT) each, from the box's first row on
-        self.sources = []
-        for box in range(self.plan.boxes):
-            left = piece.length - work.first_key(n) - box * self.plan.box_rows
-            rows = cutlass.max(cutlass.min(left, self.plan.box_rows), 0)
-            source = self.mem.mKV[None, None, None, cute.arch.shuffle_sync(page, box), None]
-            self.sources.append(cut(source, 0, cute.arch.shuffle_sync(first_row, box), rows))
+    def __init__(self, work: Work, shared: Shared, found: Any) -> None:
+        self.plan = work.plan
+        self.maps = [ptx.tensor_map(tma) for tma in (work.mem.tma_latent, work.mem.tma_rope)]
+        self.places = [
+            [cute.arch.shuffle_sync(number, box) for number in found]
+            for box in range(self.plan.boxes)
+        ]
 
     def fetch(self, first: int, target: cute.Tensor, barrier: Any) -> None:
         """Units from ``first`` on to ``target`` (ROW, UNIT_COLUMN, UNIT)."""
         units = cute.size(target, mode=[2])
-        tma = self.mem.tma_rope if units == 1 else self.mem.tma_latent
         step = 1 if units == 1 else self.plan.box_units
-        shape = (self.plan.box_rows, UNIT, step)
-        for box, source in enumerate(self.sources):
-            for unit in range(0, units, step):
-                # (ROW, UNIT_COLUMN, UNIT)
-                gBox = cute.domain_offset((0, 0, first + unit), source)
-                gBox = cute.local_tile(gBox, shape, (0, 0, 0))
-                sBox = cute.local_tile(target, shape, (box, 0, unit // step))
-                tBsB, tBgB = cpasync.tma_partition(
-                    tma, 0, cute.make_layout(1),
-                    cute.group_modes(sBox, 0, 3), cute.group_modes(gBox, 0, 3),
-                )  # fmt: skip
-                cute.copy(tma, tBgB, tBsB, tma_bar_ptr=barrier)
+        box_bytes = self.plan.box_rows * ROW_BYTES
+        with cute.arch.elect_one():
+            for box, (row, page, end) in enumerate(self.places):
+                for unit in range(0, units, step):
+                    ptx.tma_load(
+                        target.iterator.toint(), unit * UNIT_BYTES + box * box_bytes,
+                        self.maps[units == 1], [0, row, first + unit, page, end], barrier.toint(),
+                        pair=self.plan.pair,
+                    )  # fmt: skip
 
 
 class Gathers:
     """The rows of a tile, four at a time, from what `lookup` gave the lanes."""
 
-    def __init__(self, work: Work, shared: Shared, piece: Piece, n: Int32, found: Any) -> None:
+    def __init__(self, work: Work, shared: Shared, found: Any) -> None:
         self.plan = work.plan
         self.tensor_map = ptx.tensor_map(work.mem.tma_latent)
         self.tokens = shared.sTokens.iterator.toint()
@@ -137,16 +134,15 @@ class Gathers:
             shared.sTokens[half * 32 + cute.arch.lane_idx()] = found[half]
         cute.arch.sync_warp()
 
-    @cute.jit
-    def fetch(self, first: int, target: cute.Tensor, barrier: Any):
+    def fetch(self, first: int, target: cute.Tensor, barrier: Any) -> None:
         """Units from ``first`` on to ``target`` (ROW, UNIT_COLUMN, UNIT)."""
-        rows = self.plan.box_rows
-        for four in cutlass.range(self.plan.boxes, unroll=1):
-            pages = ptx.load_shared(self.tokens + four * rows * 4)
-            for unit in cutlass.range_constexpr(cute.size(target, mode=[2])):
-                place = target.iterator.toint() + four * rows * 128
-                with cute.arch.elect_one():
+        four_bytes = self.plan.box_rows * ROW_BYTES
+        with cute.arch.elect_one():
+            for four in range(self.plan.boxes):
+                pages = ptx.load_shared(self.tokens, offset=four * 16)
+                for unit in range(cute.size(target, mode=[2])):
                     ptx.tma_load(
-                        place, unit * UNIT_BYTES, self.tensor_map,
-                        [(first + unit) * UNIT, *pages], barrier.toint(), True, self.plan.pair,
+                        target.iterator.toint(), unit * UNIT_BYTES + four * four_bytes,
+                        self.tensor_map, [(first + unit) * UNIT, *pages], barrier.toint(), True,
+                        self.plan.pair,
                     )  # fmt: skip

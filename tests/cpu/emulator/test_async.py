@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ptx_source
 import pytest
 from outcomes import clean, kinds, text
 
@@ -18,29 +19,7 @@ BULK = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 
 
 def module(body: str) -> str:
-    """A kernel with an input and an output; registers as in the barrier tests."""
-    return f"""
-.version 8.8
-.target sm_100a
-.address_size 64
-.extern .shared .align 128 .b8 buffer[];
-.visible .entry kernel(.param .u64 in, .param .u64 out)
-{{
-    .reg .b32 %r<40>, %t, %lane, %warp, %smem;
-    .reg .b64 %rd<40>, %in, %out;
-    .reg .pred %p<20>;
-    ld.param.u64 %in, [in];
-    ld.param.u64 %out, [out];
-    mov.u32 %t, %tid.x;
-    and.b32 %lane, %t, 31;
-    shr.u32 %warp, %t, 5;
-    setp.eq.u32 %p10, %t, 0;
-    setp.eq.u32 %p11, %lane, 0;
-    mov.u32 %smem, buffer;
-{body}
-    ret;
-}}
-"""
+    return ptx_source.module(body, "in", "out")
 
 
 def run(body: str, source: np.ndarray, out: np.ndarray, warps: int = 3, **options: Any) -> Any:
@@ -92,8 +71,8 @@ WAIT_EMPTY:
     add.u32 %r2, %r2, 1024;
     mul.wide.u32 %rd1, %r0, {TILE_BYTES};
     add.s64 %rd1, %in, %rd1;
-    @%p11 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], {TILE_BYTES};
-    @%p11 {BULK} [%r2], [%rd1], {TILE_BYTES}, [%r1];
+    @%p12 mbarrier.arrive.expect_tx.shared.b64 _, [%r1], {TILE_BYTES};
+    @%p12 {BULK} [%r2], [%rd1], {TILE_BYTES}, [%r1];
     add.u32 %r8, %r8, 1;
     setp.eq.u32 %p3, %r8, {STAGES};
     selp.b32 %r8, 0, %r8, %p3;
@@ -113,7 +92,7 @@ WAIT_FULL:
     ld.shared.b32 %r5, [%r2 + 896];
     add.u32 %r20, %r20, %r5;
     bar.warp.sync -1;
-    @%p11 mbarrier.arrive.shared.b64 _, [%r1 + 64];
+    @%p12 mbarrier.arrive.shared.b64 _, [%r1 + 64];
     add.u32 %r8, %r8, 1;
     setp.eq.u32 %p3, %r8, {STAGES};
     selp.b32 %r8, 0, %r8, %p3;
@@ -148,7 +127,7 @@ READ = """    ld.shared.b32 %r5, [%r2 + 896];
     add.u32 %r20, %r20, %r5;
     bar.warp.sync -1;
 """
-RELEASE = "    @%p11 mbarrier.arrive.shared.b64 _, [%r1 + 64];\n"
+RELEASE = "    @%p12 mbarrier.arrive.shared.b64 _, [%r1 + 64];\n"
 FLIP = "    @%p3 xor.b32 %r9, %r9, 1;\n"
 MUTANTS = {
     "no wait for empty": (EMPTY, "", {"race", "barrier", "parity", "transaction"}),
@@ -208,12 +187,12 @@ def test_more_copies_than_slots(policy: Policy) -> None:
     setp.ne.u32 %p1, %warp, 0;
     @%p1 bra CONSUMER;
     mov.u32 %r0, 0;
-    @%p11 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], 3200;
+    @%p12 mbarrier.arrive.expect_tx.shared.b64 _, [%smem], 3200;
 COPY:
     mad.lo.u32 %r2, %r0, 16, %smem;
     mul.wide.u32 %rd1, %r0, 16;
     add.s64 %rd1, %in, %rd1;
-    @%p11 BULK [%r2 + 1024], [%rd1], 16, [%smem];
+    @%p12 BULK [%r2 + 1024], [%rd1], 16, [%smem];
     add.u32 %r0, %r0, 1;
     setp.lt.u32 %p0, %r0, 200;
     @%p0 bra COPY;

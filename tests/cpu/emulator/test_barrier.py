@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ptx_source
 import pytest
 from outcomes import clean, kinds, text
 
@@ -17,27 +18,7 @@ all_policies = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.mo
 
 
 def module(body: str) -> str:
-    """A kernel with one pointer, %out; %t thread, %lane, %warp, %smem dynamic shared memory."""
-    return f"""
-.version 8.8
-.target sm_100a
-.address_size 64
-.extern .shared .align 128 .b8 buffer[];
-.visible .entry kernel(.param .u64 out)
-{{
-    .reg .b32 %r<40>, %t, %lane, %warp, %smem;
-    .reg .b64 %rd<40>, %out;
-    .reg .pred %p<20>;
-    .reg .b128 %q<4>;
-    ld.param.u64 %out, [out];
-    mov.u32 %t, %tid.x;
-    and.b32 %lane, %t, 31;
-    shr.u32 %warp, %t, 5;
-    mov.u32 %smem, buffer;
-{body}
-    ret;
-}}
-"""
+    return ptx_source.module(body, "out")
 
 
 def run(body: str, out: np.ndarray | None = None, warps: int = 2, **options: Any) -> Any:

@@ -54,13 +54,6 @@ INIT = """
 """
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def aligned(count: int, dtype: type, rng: np.random.Generator | None = None) -> np.ndarray:
     """An array at a multiple of 128 bytes: random bytes or zeros."""
     size = np.dtype(dtype).itemsize

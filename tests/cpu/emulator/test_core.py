@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -68,15 +67,8 @@ def finds(kind: str, source: str, *arguments: Any, **options: Any) -> Result:
     return result
 
 
-@pytest.fixture
-def random(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(time.time_ns() % 2**32)
-    print(f"seed {seed}")
-    return np.random.default_rng(seed)
-
-
-def words(random: np.random.Generator, n: int = 32) -> np.ndarray:
-    return random.integers(0, 2**32, n, dtype=np.uint32)
+def words(rng: np.random.Generator, n: int = 32) -> np.ndarray:
+    return rng.integers(0, 2**32, n, dtype=np.uint32)
 
 
 # ---------------------------------------------------------------- parser
@@ -190,9 +182,9 @@ def test_refused(body: str, message: str) -> None:
 # ---------------------------------------------------------------- names and variables
 
 
-def test_scoped_blocks(random: np.random.Generator) -> None:
+def test_scoped_blocks(rng: np.random.Generator) -> None:
     """Blocks have their own registers and labels, and see those around them."""
-    x = words(random)
+    x = words(rng)
     block = """
     {
         .reg .b32 x; .reg .pred P;
@@ -368,8 +360,8 @@ def test_sleeping_gives_others_their_turn() -> None:
 # ---------------------------------------------------------------- divergence
 
 
-def test_branches(random: np.random.Generator) -> None:
-    x = words(random)
+def test_branches(rng: np.random.Generator) -> None:
+    x = words(rng)
     body = """
     and.b32 %r2, %r1, 1; setp.eq.u32 %p1, %r2, 0; and.b32 %r3, %r1, 2; setp.eq.u32 %p2, %r3, 0;
     @!%p1 bra ODD;
@@ -386,9 +378,9 @@ def test_branches(random: np.random.Generator) -> None:
     assert np.array_equal(lanes(body, x), expected)
 
 
-def test_loops_meet_again(random: np.random.Generator) -> None:
+def test_loops_meet_again(rng: np.random.Generator) -> None:
     """Nested loops with their own trip counts: right values, and one fragment after them."""
-    x, y = words(random) % 9, words(random) % 5
+    x, y = words(rng) % 9, words(rng) % 5
     body = """
     mov.b32 %r0, 0; mov.b32 %r3, 0;
     OUTER: setp.ge.u32 %p1, %r3, %r1; @%p1 bra END;
@@ -424,8 +416,8 @@ def test_blocks_out_of_line() -> None:
     assert lanes(body).tolist() == [6] * 3 + [5] * 29
 
 
-def test_exit_of_some_lanes(random: np.random.Generator) -> None:
-    x = words(random) % 4
+def test_exit_of_some_lanes(rng: np.random.Generator) -> None:
+    x = words(rng) % 4
     body = """
     mov.b32 %r0, 77;
     setp.eq.u32 %p1, %r1, 0; @%p1 exit;
@@ -441,8 +433,8 @@ def test_exit_of_some_lanes(random: np.random.Generator) -> None:
     assert np.array_equal(got, np.where(x > 1, active, 0xDEADBEEF))
 
 
-def test_indexed_branch(random: np.random.Generator) -> None:
-    x = words(random) % 3
+def test_indexed_branch(rng: np.random.Generator) -> None:
+    x = words(rng) % 3
     body = """
     TABLE: .branchtargets A, B, C;
     brx.idx %r1, TABLE;
@@ -510,10 +502,10 @@ def shuffled(mode: str, x: np.ndarray, b: int, c: int) -> tuple[np.ndarray, np.n
 
 
 @pytest.mark.parametrize("mode", ["up", "down", "bfly", "idx"])
-def test_shuffle(mode: str, random: np.random.Generator) -> None:
-    x = words(random)
+def test_shuffle(mode: str, rng: np.random.Generator) -> None:
+    x = words(rng)
     for width in (1, 2, 4, 8, 16, 32):
-        for b in {0, 1, 31, *map(int, random.integers(0, 32, 3))}:
+        for b in {0, 1, 31, *map(int, rng.integers(0, 32, 3))}:
             c = (32 - width) << 8 | (0 if mode == "up" else 31)
             body = f"""
             shfl.sync.{mode}.b32 %r2|%p1, %r1, {b}, {c}, -1;
@@ -525,8 +517,8 @@ def test_shuffle(mode: str, random: np.random.Generator) -> None:
             assert np.array_equal(lanes(body, x), value + inside.astype(np.uint32)), (width, b)
 
 
-def test_shuffle_by_lane(random: np.random.Generator) -> None:
-    x, index = words(random), words(random)
+def test_shuffle_by_lane(rng: np.random.Generator) -> None:
+    x, index = words(rng), words(rng)
     got = lanes("shfl.sync.idx.b32 %r0, %r1, %r2, 31, -1;", x, index)
     assert np.array_equal(got, x[index % 32])
 
@@ -540,8 +532,8 @@ def test_shuffle_from_a_lane_that_is_not_there() -> None:
     assert "00ff0000" in result.findings[0].text
 
 
-def test_votes_and_matches(random: np.random.Generator) -> None:
-    x = words(random) % 3
+def test_votes_and_matches(rng: np.random.Generator) -> None:
+    x = words(rng) % 3
     body = """
     setp.eq.u32 %p1, %r1, 0;
     vote.sync.ballot.b32 %r2, %p1, -1;
@@ -599,13 +591,13 @@ REDUCTIONS: dict[str, Callable[[np.ndarray], Any]] = {
 
 
 @pytest.mark.parametrize("operation", REDUCTIONS)
-def test_redux(operation: str, random: np.random.Generator) -> None:
-    draws = [words(random), words(random) | 0xFFFF0000]
+def test_redux(operation: str, rng: np.random.Generator) -> None:
+    draws = [words(rng), words(rng) | 0xFFFF0000]
     if "f32" in operation:
-        normal = random.standard_normal(32).astype(np.float32)
+        normal = rng.standard_normal(32).astype(np.float32)
         edges = np.array([np.inf, -np.inf, 0.0, 1e-42, -1e-42, 3e38], np.float32)
         with_nan = normal.copy()
-        with_nan[random.integers(0, 32, 3)] = np.nan
+        with_nan[rng.integers(0, 32, 3)] = np.nan
         draws = [normal, np.tile(edges, 6)[:32], with_nan, np.full(32, np.nan, np.float32)]
     for x in draws:
         got = lanes(f"redux.sync.{operation} %r0, %r1, -1;", x.view(np.uint32))
@@ -621,9 +613,9 @@ def test_redux_of_signed_zeros() -> None:
     assert np.all(lanes("redux.sync.min.f32 %r0, %r1, -1;", zeros) == 0x80000000)
 
 
-def test_groups_with_their_own_masks(random: np.random.Generator) -> None:
+def test_groups_with_their_own_masks(rng: np.random.Generator) -> None:
     """Lanes name different members at the same instruction."""
-    x = words(random)
+    x = words(rng)
     member = np.where(np.arange(32) < 12, 0xFFF, 0xFFFFF000).astype(np.uint32)
     got = lanes("redux.sync.add.u32 %r0, %r1, %r2;", x, member)
     sums = x[:12].sum(dtype=np.uint32), x[12:].sum(dtype=np.uint32)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import ptx_source
 import pytest
 import tensor_kernels as tk
 from outcomes import kinds
@@ -29,31 +30,9 @@ all_policies = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.mo
 
 
 def module(body: str) -> str:
-    return f"""
-.version 8.8
-.target sm_100a
-.address_size 64
-.extern .shared .align 1024 .b8 buffer[];
-.visible .entry kernel(.param .u64 data, .param .u64 out)
-{{
-    .reg .b16 %h<8>; .reg .b32 %r<60>, %t, %lane, %warp, %cta, %rank, %smem;
-    .reg .b64 %rd<40>, %data, %out; .reg .pred %p<20>; .reg .b128 %q<4>;
-    ld.param.u64 %data, [data];
-    ld.param.u64 %out, [out];
-    mov.u32 %t, %tid.x;
-    mov.u32 %cta, %ctaid.x;
-    mov.u32 %rank, %cluster_ctarank;
-    and.b32 %lane, %t, 31;
-    shr.u32 %warp, %t, 5;
-    setp.eq.u32 %p10, %t, 0;
-    setp.eq.u32 %p11, %cta, 0;
-    setp.eq.u32 %p12, %lane, 0;
-    mov.u32 %smem, buffer;
-    mad.wide.u32 %rd39, %t, 4, %out;
-{body}
-    ret;
-}}
-"""
+    return ptx_source.module(
+        "    mad.wide.u32 %rd39, %t, 4, %out;\n" + body, "data", "out", align=1024
+    )
 
 
 def run(body: str, warps: int = 1, **options: Any) -> tuple[Result, np.ndarray]:

@@ -34,13 +34,6 @@ def kernel(body: str, pointers: int = 2, variables: str = "") -> str:
     )
 
 
-@pytest.fixture
-def rng(request: pytest.FixtureRequest) -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def aligned(count: int, dtype: type, rng: np.random.Generator | None = None) -> np.ndarray:
     """An array at a multiple of 128 bytes: random bytes or zeros."""
     size = count * np.dtype(dtype).itemsize

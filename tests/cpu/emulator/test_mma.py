@@ -14,13 +14,6 @@ from cute_fmha.emulator.machine import EmulationError, Policy, decode_errors
 F16, F32, S32 = 0, 1, 2
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 # ---------------------------------------------------------------- where D lies, by the ISA's names
 
 

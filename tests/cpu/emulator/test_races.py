@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import ptx_source
 import pytest
 from outcomes import clean, kinds, text
 
@@ -15,32 +16,7 @@ all_policies = pytest.mark.parametrize("policy", POLICIES, ids=lambda p: f"{p.mo
 
 
 def module(body: str) -> str:
-    """A kernel with data, a zeroed counter and an output."""
-    return f"""
-.version 8.8
-.target sm_100a
-.address_size 64
-.extern .shared .align 128 .b8 buffer[];
-.visible .entry kernel(.param .u64 data, .param .u64 flag, .param .u64 out)
-{{
-    .reg .b32 %r<40>, %t, %lane, %warp, %smem, %cta;
-    .reg .b16 %h<8>;
-    .reg .b64 %rd<40>, %data, %flag, %out;
-    .reg .pred %p<20>;
-    ld.param.u64 %data, [data];
-    ld.param.u64 %flag, [flag];
-    ld.param.u64 %out, [out];
-    mov.u32 %t, %tid.x;
-    mov.u32 %cta, %ctaid.x;
-    and.b32 %lane, %t, 31;
-    shr.u32 %warp, %t, 5;
-    setp.eq.u32 %p10, %t, 0;
-    setp.eq.u32 %p11, %cta, 0;
-    mov.u32 %smem, buffer;
-{body}
-    ret;
-}}
-"""
+    return ptx_source.module(body, "data", "flag", "out")
 
 
 def run(body: str, warps: int = 1, **options: Any) -> tuple[Any, np.ndarray]:

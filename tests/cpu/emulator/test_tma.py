@@ -68,13 +68,6 @@ DUMP = """
 """
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def aligned(shape: tuple[int, ...], dtype: type | str, rng: np.random.Generator | None = None):
     """An array at a multiple of 128 bytes: random bytes or zeros."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize

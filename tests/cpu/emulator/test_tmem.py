@@ -9,13 +9,6 @@ import tensor_kernels as tk
 from cute_fmha.emulator.machine import EmulationError, Policy, decode_errors, run_ptx
 
 
-@pytest.fixture
-def rng() -> np.random.Generator:
-    seed = int(np.random.SeedSequence().generate_state(1)[0])
-    print("seed", seed)
-    return np.random.default_rng(seed)
-
-
 def texts(result) -> str:
     return " | ".join(f"{f.kind}: {f.text}" for f in result.findings)
 

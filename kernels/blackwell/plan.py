@@ -266,12 +266,11 @@ def packed_heads(problem: Problem, tile_rows: int) -> int:
 
 def unsuited_target(target: Target) -> str | None:
     """Why no Blackwell kernel runs on ``target``; None when they do."""
-    if target.device_type == "cuda" and target.arch in (100, 103):
+    cuda = target.device_type == "cuda"
+    if cuda and target.arch in (100, 103):
         return None
-    return (
-        "the Blackwell kernels need compute capability 10.0 or 10.3; got "
-        f"{target.device_type}, {target.arch / 10}"
-    )
+    got = target.arch / 10 if cuda else target.device_type
+    return f"the Blackwell kernels need compute capability 10.0 or 10.3; got {got}"
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

@@ -28,7 +28,8 @@ class Cut(enum.Enum):
 @dataclass(frozen=True)
 class Cutting:
     """What is known when a kernel is compiled: rows of a work tile, keys of a KV tile, which window
-    sides there are; for SHARE the cost of beginning a work tile and the least piece, in KV tiles.
+    sides there are; for SHARE the cost of beginning a work tile and the least piece, in KV tiles;
+    whether there may be several KV heads.
     """
 
     cut: Cut
@@ -38,6 +39,7 @@ class Cutting:
     window_right: bool = False
     overhead: int = 2
     least: int = 2
+    kv_heads: bool = False
 
     def __post_init__(self) -> None:
         if self.overhead < 1 or self.least < 1:

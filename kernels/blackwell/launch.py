@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from cute_fmha.cache import Binary, Key, digest, fetch
 from cute_fmha.epilogues.base import resolve
-from cute_fmha.kernels.blackwell import build, mla_host, prefill_host
+from cute_fmha.kernels.blackwell import build, decode_host, mla_host, prefill_host
 from cute_fmha.problem import Problem, Target, target_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Host(Protocol):
 
     def can_implement(self, problem: Problem, target: Target) -> str | None: ...
     def plan_of(self, problem: Problem) -> Any: ...
+    def cycles(self, problem: Problem, target: Target) -> float: ...
     def skip_tiles(self, plan: Any) -> dict[str, Any]: ...
     def compile_arguments(self, plan: Any) -> tuple[Any, tuple[Any, ...]]: ...
     def call_arguments(
@@ -39,7 +40,7 @@ class Host(Protocol):
     ) -> Callable[[Call], tuple[Any, ...]]: ...
 
 
-KERNELS: tuple[Host, ...] = (prefill_host, mla_host)
+KERNELS: tuple[Host, ...] = (prefill_host, decode_host, mla_host)
 
 ARCHITECTURES = {100: "sm_100a", 103: "sm_103a"}
 """What to compile for, by compute capability."""
@@ -58,14 +59,14 @@ class Prepared:
 
 
 def _host(problem: Problem, target: Target) -> Host | str:
-    """The first kernel that can run ``problem``, or why none can."""
-    reasons = []
-    for host in KERNELS:
-        reason = host.can_implement(problem, target)
-        if reason is None:
-            return host
-        reasons.append(reason)
-    return "; ".join(dict.fromkeys(reasons))
+    """The kernel that runs ``problem``, of several the modelled fastest, or why none can."""
+    reasons = {host.NAME: host.can_implement(problem, target) for host in KERNELS}
+    able = [host for host in KERNELS if reasons[host.NAME] is None]
+    if not able:
+        return "; ".join(dict.fromkeys(filter(None, reasons.values())))
+    if len(able) == 1:
+        return able[0]
+    return min(able, key=lambda host: host.cycles(problem, target))
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

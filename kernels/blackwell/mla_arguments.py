@@ -1,4 +1,4 @@
-"""What a call hands to an MLA decode kernel, in the order that its callers pass it."""
+"""What a call hands to a decode kernel, in the order that its callers pass it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ class Tensors(NamedTuple):
     """Tensors of a call; None for what a plan has not compiled in."""
 
     mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD, D)
-    mKV: cute.Tensor  # (PAGE, PAGE_ROW, 1, D)
-    mTable: cute.Tensor  # (BATCH, MAX_PAGES)
-    mLens: cute.Tensor  # (BATCH,)
+    mKV: cute.Tensor  # (PAGE, PAGE_ROW, 1, D); keys alone (PAGE, PAGE_ROW, HEAD_KV, D)
+    mTable: cute.Tensor | None  # (BATCH, MAX_PAGES); None: page b is sequence b
+    mLens: cute.Tensor | None  # (BATCH,); None: all keys of a sequence are in use
     mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD, DV)
     mLSE: cute.Tensor | None  # (BATCH, HEAD, SEQ_Q)
     mMaxLogits: cute.Tensor | None  # (BATCH, HEAD, SEQ_Q)

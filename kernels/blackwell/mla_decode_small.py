@@ -66,12 +66,7 @@ from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.mla_decode_small_load import load, query
 from cute_fmha.kernels.blackwell.mla_decode_small_mma import mma
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
-    BLOCK,
-    COLUMNS,
-    PART_BLOCKS,
-    SmallPlan,
-)
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import BLOCK, SmallPlan
 from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_small_work import COMBINE, Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_output import combine
@@ -91,26 +86,55 @@ def topology(plan: SmallPlan) -> Topology:
 
     s_full, p_full and o_full exist once per buffer. That the two S and the two P are free again
     needs no barrier: S(n + 2) is issued after P(n) was handed over, and complete after P V (n) is.
+
+    Keys and values that are tensors of their own come by two warps, values where a tile is kept:
+
+        load ─────── k_full ─────> mma         softmax ── decided ───────> load_values
+             <────── k_empty ─────                     <─ decision_read ──
+        load_values ─ v_full ────>
+             <────── v_empty ─────
     """
-    rope: tuple[Barrier, ...] = ()
+    values, more = "load", []
     if plan.rope_blocks:
-        rope = (
+        more += [
             Barrier("r_full", plan.r_stages, (("load", "bytes"),)),
             Barrier("r_empty", plan.r_stages, (("mma", "commit"),)),
-        )
+        ]
+    if not plan.latent:
+        values = "load_values"
+        more += [
+            Barrier("k_full", plan.k_stages, (("load", "bytes"),)),
+            Barrier("k_empty", plan.k_stages, (("mma", "commit"),)),
+        ]
+        if plan.features.skip:
+            more += [
+                Barrier("decided", plan.depth, (("softmax", "leader"),)),
+                Barrier("decision_read", plan.depth, (("load_values", "warp"),)),
+            ]
     return Topology(
         plan.roles,
         (
             Barrier("q_full", 1, (("query", "warp"),)),
             Barrier("q_empty", 1, (("mma", "commit"),)),
-            Barrier("v_full", plan.v_stages, (("load", "bytes"),)),
+            Barrier("v_full", plan.v_stages, ((values, "bytes"),)),
             Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
-            *rope,
-            Barrier("s_full", 2, (("mma", "commit"),)),
-            Barrier("p_full", 2, (("softmax", "warp"),)),
-            Barrier("o_full", 2, (("mma", "commit"),)),
+            *more,
+            Barrier("s_full", plan.depth, (("mma", "commit"),)),
+            Barrier("p_full", plan.depth, (("softmax", "warp"),)),
+            Barrier("o_full", plan.depth, (("mma", "commit"),)),
         ),
     )
+
+
+def boxed(tensor: cute.Tensor, shape: tuple[int, int]) -> tuple[cute.CopyAtom, cute.Tensor]:
+    """(copy atom, tensor as the TMA sees it) for boxes of (tokens, 64 columns)."""
+    # (BOX, 64): rows of 128 bytes
+    box = cute.make_composed_layout(
+        cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=(BLOCK, 1))
+    )
+    load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
+    atom, seen = cpasync.make_tiled_tma_atom(load_op, tensor, box, shape)
+    return atom, seen
 
 
 class MlaDecodeSmall:
@@ -140,12 +164,7 @@ class MlaDecodeSmall:
         else:
             mL = ragged(mL, 0)
             shape = (plan.box, BLOCK)
-        # (BOX, 64): rows of 128 bytes
-        box = cute.make_composed_layout(
-            cute.make_swizzle(3, 4, 3), 0, cute.make_layout(shape, stride=(BLOCK, 1))
-        )
-        load_op = cpasync.CopyBulkTensorTileG2SOp(tcgen05.CtaGroup.ONE)
-        tma, mL = cpasync.make_tiled_tma_atom(load_op, mL, box, shape)
+        tma, mL = boxed(mL, shape)
         mem = Global(tma, mL, mQ, *tensors[2:], op)
         workers = most_workers(
             plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
@@ -160,25 +179,26 @@ class MlaDecodeSmall:
     def kernel(self, mem: Global, scalars: Scalars):
         """Allocate, initialise the barriers, dispatch the roles."""
         plan = self.plan
-        q, v, r, p = (
-            plan.shared_parts[name] // plan.dtype.itemsize for name in ("Q", "V", "rope", "P")
+        q, v, k, r, p = (
+            plan.shared_parts[name] // plan.dtype.itemsize for name in ("Q", "V", "K", "rope", "P")
         )
 
         @cute.struct
         class Storage:
             sQ: cute.struct.Align[cute.struct.MemRange[self.dtype, q], 1024]
             sV: cute.struct.Align[cute.struct.MemRange[self.dtype, v], 1024]
+            sK: cute.struct.Align[cute.struct.MemRange[self.dtype, k], 1024]
             sR: cute.struct.Align[cute.struct.MemRange[self.dtype, r], 1024]
             sP: cute.struct.Align[cute.struct.MemRange[self.dtype, p], 1024]
-            sO: cute.struct.Align[cute.struct.MemRange[Float32, plan.rows * COLUMNS], 128]
+            sO: cute.struct.Align[cute.struct.MemRange[Float32, plan.rows * plan.columns], 128]
             sMax: cute.struct.MemRange[Float32, 4 * plan.rows]
             sFade: cute.struct.MemRange[Float32, 4 * plan.rows]
             sMinus: cute.struct.MemRange[Float32, plan.rows]
             sLargest: cute.struct.MemRange[Float32, 4 * plan.rows * plan.features.max_logits]
-            sVote: cute.struct.Align[cute.struct.MemRange[Int32, 8], 16]
-            sKeep: cute.struct.MemRange[Int32, 2]
+            sVote: cute.struct.Align[cute.struct.MemRange[Int32, 4 * plan.depth], 16]
+            sKeep: cute.struct.MemRange[Int32, plan.depth]
             sFound: cute.struct.Align[cute.struct.MemRange[Int32, FOUND], 16]
-            sBoxes: cute.struct.Align[cute.struct.MemRange[Int32, plan.tile_n], 16]
+            sBoxes: cute.struct.Align[cute.struct.MemRange[Int32, 2 * plan.tile_n], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
             tmem: Int32
 
@@ -189,6 +209,8 @@ class MlaDecodeSmall:
         mma_warp, load_warp = (plan.role(name).warps[0] for name in ("mma", "load"))
         if warp == load_warp:
             cpasync.prefetch_descriptor(mem.tma)
+            if cutlass.const_expr(not plan.latent):
+                cpasync.prefetch_descriptor(mem.tma_v)
             with cute.arch.elect_one():
                 barriers.initialise()
             cute.arch.mbarrier_init_fence()
@@ -210,8 +232,10 @@ class MlaDecodeSmall:
             mma(plan, self.dtype, work, shared, tmem, barriers.of("mma"))
         elif warp == load_warp:
             load(plan, work, mem, shared, barriers.of("load"))
-        else:
+        elif warp <= plan.role("query").warps[-1]:
             query(plan, work, mem, shared, barriers.of("query"))
+        elif cutlass.const_expr(not plan.latent):
+            load(plan, work, mem, shared, barriers.of("load_values"))
         if cutlass.const_expr(plan.cut is not Cut.WHOLE):
             combine(work, self.store, warp, plan.threads // 32, COMBINE)
         cute.arch.sync_threads()
@@ -234,16 +258,17 @@ class MlaDecodeSmall:
         by_warp = cute.make_layout((plan.rows, 4))
         return Shared(
             sQ=storage.sQ.data_ptr().toint(),
-            sV=ring(storage.sV, PART_BLOCKS, plan.v_stages),
+            sV=ring(storage.sV, plan.part_blocks, plan.v_stages),
             sR=ring(storage.sR, 1, plan.r_stages) if plan.rope_blocks else None,
             sP=storage.sP.data_ptr().toint(),
-            sO=storage.sO.get_tensor(cute.make_layout((COLUMNS, plan.rows))),
+            sO=storage.sO.get_tensor(cute.make_layout((plan.columns, plan.rows))),
             sMax=storage.sMax.get_tensor(by_warp),
             sFade=storage.sFade.get_tensor(by_warp),
             sMinus=storage.sMinus.get_tensor(cute.make_layout(plan.rows)),
             sLargest=(storage.sLargest.get_tensor(by_warp) if plan.features.max_logits else None),
             sVote=storage.sVote.data_ptr().toint(),
-            sKeep=storage.sKeep.get_tensor(cute.make_layout(2)),
+            sKeep=storage.sKeep.get_tensor(cute.make_layout(plan.depth)),
             sFound=storage.sFound.get_tensor(cute.make_layout(FOUND)),
-            sBoxes=storage.sBoxes.get_tensor(cute.make_layout(plan.tile_n)),
+            sBoxes=storage.sBoxes.get_tensor(cute.make_layout((plan.tile_n, 2))),
+            sK=None if plan.latent else ring(storage.sK, plan.part_blocks, plan.k_stages),
         )

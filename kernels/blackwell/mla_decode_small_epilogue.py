@@ -10,7 +10,6 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS
 from cute_fmha.kernels.blackwell.mla_decode_small_work import EXCHANGE, Group
 from cute_fmha.kernels.blackwell.mla_output import caught_up, outcome, write
 from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
@@ -21,16 +20,26 @@ RUN = 16
 
 
 def own_rows(group: Group) -> list[Int32]:
-    """The rows of which the thread stores a run."""
+    """The rows of which the thread stores a run; `has_rows` says whether it does."""
+    rows, runs = group.plan.rows, group.plan.columns // RUN
     thread = group.warp * 32 + group.lane
-    step = 128 * RUN // COLUMNS
-    return [thread * RUN // COLUMNS + first for first in range(0, group.plan.rows, step)]
+    return [(thread // runs + first) % rows for first in range(0, rows, 128 // runs)]
 
 
-def swizzled(column: Int32) -> Int32:
+def has_rows(group: Group) -> Boolean | bool:
+    """Whether there is a run for the thread."""
+    runs = group.plan.rows * group.plan.columns // RUN
+    return True if runs >= 128 else group.warp * 32 + group.lane < runs
+
+
+def swizzled(group: Group, row: Int32, column: Int32) -> Int32:
     """Where a column lies in its row of `Shared.sO`: pieces of four columns are exchanged inside of
-    a run, so that eight runs can be read at once without bank conflicts."""
-    return column ^ column // (2 * RUN) % 4 * 4
+    a run, so that eight runs can be read at once without bank conflicts. Of 64 columns that is two
+    rows."""
+    turned = column // (2 * RUN)
+    if group.plan.columns < 128:
+        turned = turned + row % 2 * 2
+    return column ^ turned % 4 * 4
 
 
 @cute.jit
@@ -88,7 +97,7 @@ def finish(group: Group, store: Store, place: Place, piece: Piece, state, count:
 
 def lead(group: Group) -> Boolean:
     """Whether the thread has the first columns of its rows."""
-    return group.lane % (COLUMNS // RUN) == 0
+    return (group.lane % (group.plan.columns // RUN) == 0) & has_rows(group)
 
 
 def statistics(group: Group, row: Int32) -> tuple[Float32, Float32, Float32 | None]:
@@ -110,31 +119,35 @@ def transposed(group: Group, output: cutlass.Constexpr):
     ``j``-th row: a run of columns."""
     plan, sO = group.plan, group.shared.sO
     thread = group.warp * 32 + group.lane
-    first = thread * RUN % COLUMNS
+    first = thread * RUN % plan.columns
     for part in cutlass.range(plan.parts, unroll=1):
         tO = group.tmem + plan.tmem["O0"].start + part * plan.rows
-        of_rows = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO, plan.rows))
+        held = group.load_part(tO)
         if part > 0:
             cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
-        for row in cutlass.range_constexpr(plan.rows):
-            sO[swizzled(thread), row] = of_rows[row]
+        for j in cutlass.range_constexpr(len(held)):
+            column, row = group.held()[j]
+            sO[swizzled(group, row, column), row] = held[j]
         cute.arch.barrier(barrier_id=EXCHANGE, number_of_threads=128)
-        for j in cutlass.range_constexpr(len(own_rows(group))):
-            row = own_rows(group)[j]
-            values = []
-            for piece in cutlass.range_constexpr(0, RUN, 4):
-                at = sO.iterator.toint() + (row * COLUMNS + swizzled(first + piece)) * 4
-                values += ptx.load_shared(at, Float32)
-            output(j, row, part * COLUMNS + first, values)
+        if has_rows(group):
+            for j in cutlass.range_constexpr(len(own_rows(group))):
+                row = own_rows(group)[j]
+                values = []
+                for piece in cutlass.range_constexpr(0, RUN, 4):
+                    at = row * plan.columns + swizzled(group, row, first + piece)
+                    values += ptx.load_shared(sO.iterator.toint() + at * 4, Float32)
+                output(j, row, part * plan.columns + first, values)
 
 
 @cute.jit
 def nothing(group: Group, store: Store, piece: Piece):
     """Store what a work tile without tiles gives: zeros."""
     empty = EMPTY * group.scalars.scale_log2
-    first = (group.warp * 32 + group.lane) * RUN % COLUMNS
+    first = (group.warp * 32 + group.lane) * RUN % group.plan.columns
     for row in own_rows(group):
         outcome(group.work, piece, row, empty, Float32(0.0), lead(group))
-        for part in cutlass.range(group.plan.parts, unroll=1):
-            zeros = [Float32(0.0)] * RUN
-            write(group.work, store, piece, row, part * COLUMNS + first, zeros)
+        if has_rows(group):
+            for part in cutlass.range(group.plan.parts, unroll=1):
+                zeros = [Float32(0.0)] * RUN
+                column = part * group.plan.columns + first
+                write(group.work, store, piece, row, column, zeros)

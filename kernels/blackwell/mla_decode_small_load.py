@@ -1,4 +1,5 @@
-"""The warps of `mla_decode_small` that bring latents and queries."""
+"""The warps of `mla_decode_small` and `decode` that bring latents, or keys and values, and queries.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ from cutlass import Int32
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
     BLOCK,
-    PART_BLOCKS,
     SmallPlan,
 )
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work
+from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work, turn
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 from cute_fmha.kernels.blackwell.ragged import corner
 from cute_fmha.kernels.blackwell.worklist import Piece
@@ -33,7 +33,8 @@ ROW_BYTES = 128
 @cute.jit
 def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
     """What a lane looks up in the table for tile ``n``: where box ``lane`` lies, in coordinates
-    (PAGE_ROW, PAGE, END) of a `ragged` map; gathered, the pages of tokens ``lane``, ``lane`` + 32.
+    (PAGE_ROW, PAGE, END) of a `ragged` map, with KV heads (PAGE_ROW, HEAD, PAGE, END); gathered, the
+    pages of tokens ``lane``, ``lane`` + 32.
 
     Of boxes and tokens past the sequence nothing is fetched, and their entries are not read."""
     lane, first = cute.arch.lane_idx(), n * plan.tile_n
@@ -46,13 +47,17 @@ def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
         result = pages
     else:
         page_rows = mem.mL.shape[0]
-        token, page = first + box_of_lane(plan) * plan.box, Int32(0)
-        slot = token // page_rows
-        if token < piece.length:
-            page = mem.mTable[piece.batch, slot]
+        token, page, row = first + box_of_lane(plan) * plan.box, piece.batch, Int32(0)
+        if cutlass.const_expr(plan.paged):
+            slot, page = token // page_rows, Int32(0)
+            row = token - slot * page_rows
+            if token < piece.length:
+                page = mem.mTable[piece.batch, slot]
+        else:
+            row = token
         rows = cutlass.max(cutlass.min(piece.length - token, plan.box), 0)
-        row, end = corner(page_rows, token - slot * page_rows, rows)
-        result = [row, page, end]
+        row, end = corner(page_rows, row, rows)
+        result = [row, page, end] if cutlass.const_expr(plan.latent) else [row, piece.head, page, end]
     return result
 
 
@@ -86,21 +91,24 @@ class Ring(Fixed):
         return Buffer(first, self.blocks, address, barrier)
 
 
-class Boxes:
+class Boxes(Fixed):
     """The boxes of one tile: what `lookup` gave every lane, made known to the one that fetches."""
 
-    def __init__(self, plan: SmallPlan, mem: Global, shared: Shared, found: Any) -> None:
+    def __init__(
+        self, plan: SmallPlan, tma: cute.CopyAtom, sBoxes: cute.Tensor, found: Any
+    ) -> None:
         self.plan = plan
-        self.tensor_map = ptx.tensor_map(mem.tma)
+        self.tensor_map = ptx.tensor_map(tma)
         self.found = found
-        self.numbers = shared.sBoxes.iterator.toint()
+        self.numbers = sBoxes.iterator.toint()
         if plan.boxes > 1:
             cute.arch.sync_warp()
             if plan.gather:
                 for half, page in enumerate(found):
-                    shared.sBoxes[half * 32 + cute.arch.lane_idx()] = page
+                    sBoxes[half * 32 + cute.arch.lane_idx()] = page
             else:
-                ptx.store_shared(self.numbers + box_of_lane(plan) * 16, [*found, Int32(0)])
+                numbers = [*found, *[Int32(0)] * (4 - len(found))]
+                ptx.store_shared(self.numbers + box_of_lane(plan) * 16, numbers)
             cute.arch.sync_warp()
 
     def fetch(self, buffers: list[Buffer]) -> None:
@@ -115,45 +123,66 @@ class Boxes:
                     ptx.tma_load(
                         buffer.address, b * plan.block_bytes + i * plan.box * ROW_BYTES,
                         self.tensor_map,
-                        [(buffer.first + b) * BLOCK, *found[: 4 if plan.gather else 3]],
+                        [(buffer.first + b) * BLOCK, *found[: len(self.found) + 2 * plan.gather]],
                         buffer.barrier.toint(), plan.gather,
                     )  # fmt: skip
 
 
 @cute.jit
 def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
-    """Reads: the block table, latents in global memory. Writes: sV, sR by TMA, sBoxes.
-    Waits: v_empty, r_empty. Signals: v_full, r_full.
+    """As ``load`` latents, or keys where values are a tensor of their own; these as
+    ``load_values``, and none of a tile that is skipped.
+
+    Reads: the block table, latents, keys or values in global memory, sKeep.
+    Writes: sV and sR, or sK, by TMA, sBoxes.
+    Waits: v_empty and r_empty, or k_empty; decided.
+    Signals: v_full and r_full, or k_full; decision_read.
 
     Rows past the sequence are outside of the tensor map (`ragged`), as is page −1, and arrive as
     zeros, whatever memory holds there."""
-    v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
-    values = Ring("v_full", shared.sV, PART_BLOCKS, plan.part_bytes)
+    apart = barriers.role == "load_values"
+    name, stages, buffers = plan.s_ring, plan.s_stages, shared.sV if plan.latent else shared.sK
+    tma, sBoxes = mem.tma, shared.sBoxes[None, 0]
+    if cutlass.const_expr(apart):
+        name, stages, buffers = "v", plan.v_stages, shared.sV
+        tma, sBoxes = mem.tma_v, shared.sBoxes[None, 1]
+    empty = name + "_empty"
+    v, r = Cursor(stages), Cursor(plan.r_stages)
+    count = Int32(0)  # tiles
+    values = Ring(name + "_full", buffers, plan.part_blocks, plan.part_bytes)
     rope = Ring("r_full", shared.sR, plan.rope_blocks, plan.block_bytes)
     place = work.pieces.start
     while work.pieces.more(place):
         piece = work.pieces.piece(place)
         found = lookup(plan, mem, piece, piece.begin)
         for n in cutlass.range(piece.begin, piece.end, unroll=1):
-            boxes = Boxes(plan, mem, shared, found)
+            boxes = Boxes(plan, tma, sBoxes, found)
             # The table is asked for the next tile while the rings are full.
             found = lookup(plan, mem, piece, n + 1)
-            for first in cutlass.range_constexpr(0, plan.parts, TOGETHER):
-                taken = []
-                for part in cutlass.range_constexpr(first, min(first + TOGETHER, plan.parts)):
-                    barriers.wait("v_empty", v.empty_phase, v.index)
-                    taken.append((values, v, part * PART_BLOCKS))
-                    v = v.next()
-                if cutlass.const_expr(plan.rope_blocks > 0 and first + TOGETHER >= plan.parts):
-                    barriers.wait("r_empty", r.empty_phase, r.index)
-                    taken.append((rope, r, plan.parts * PART_BLOCKS))
-                    r = r.next()
-                with cute.arch.elect_one():
-                    boxes.fetch([ring.buffer(barriers, at, block) for ring, at, block in taken])
+            keep: Any = True
+            if cutlass.const_expr(apart and plan.features.skip):
+                buffer, phase = turn(plan, count)
+                barriers.wait("decided", phase, buffer)
+                keep = shared.sKeep[buffer] != 0
+                barriers.arrive("decision_read", buffer)
+                count = count + 1
+            if keep:
+                for first in cutlass.range_constexpr(0, plan.parts, TOGETHER):
+                    taken = []
+                    for part in cutlass.range_constexpr(first, min(first + TOGETHER, plan.parts)):
+                        barriers.wait(empty, v.empty_phase, v.index)
+                        taken.append((values, v, part * plan.part_blocks))
+                        v = v.next()
+                    if cutlass.const_expr(plan.rope_blocks > 0 and first + TOGETHER >= plan.parts):
+                        barriers.wait("r_empty", r.empty_phase, r.index)
+                        taken.append((rope, r, plan.parts * plan.part_blocks))
+                        r = r.next()
+                    with cute.arch.elect_one():
+                        boxes.fetch([ring.buffer(barriers, at, block) for ring, at, block in taken])
         place = work.pieces.next(place, piece)
     # The last releases are the last signals of the tensor core: stay until they are in.
-    for _stage in cutlass.range_constexpr(plan.v_stages):
-        barriers.wait("v_empty", v.empty_phase, v.index)
+    for _stage in cutlass.range_constexpr(stages):
+        barriers.wait(empty, v.empty_phase, v.index)
         v = v.next()
     if cutlass.const_expr(plan.rope_blocks > 0):
         for _stage in cutlass.range_constexpr(plan.r_stages):
@@ -163,7 +192,7 @@ def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Bar
 
 @cute.jit
 def query(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
-    """Two warps, 16 bytes a lane at a time; rows that do not exist become 0.
+    """16 bytes a lane at a time; rows that do not exist become 0.
 
     Reads: Q in global memory. Writes: sQ. Waits: q_empty. Signals: q_full.
     """

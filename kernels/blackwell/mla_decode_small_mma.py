@@ -8,8 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import COLUMNS, PART_BLOCKS, SmallPlan
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Shared, Work
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
+from cute_fmha.kernels.blackwell.mla_decode_small_work import Shared, Work, turn
 from cute_fmha.kernels.blackwell.mma import Operand, instruction_descriptor, multiply
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 
@@ -21,13 +21,13 @@ ATOM = 1024
 
 @dataclass(frozen=True)
 class Operands:
-    """The same latents twice: tokens are rows of A in S, and K in O."""
+    """Latents are there twice: tokens are rows of A in S, and K in O."""
 
-    q: Operand  # (ROW, 128 columns, PART), K-major
+    q: Operand  # (ROW, columns of a part, PART), K-major
     q_rope: Operand
-    k: Operand  # (TOKEN, 128 columns, STAGE), K-major
+    k: Operand  # (TOKEN, columns of a part, STAGE), K-major
     k_rope: Operand
-    v: Operand  # (128 columns, TOKEN, STAGE), MN-major
+    v: Operand  # (columns of a part, TOKEN, STAGE), MN-major
     p: Operand  # (ROW, TOKEN, BUFFER), MN-major
 
 
@@ -35,17 +35,18 @@ def operands(plan: SmallPlan, shared: Shared) -> Operands:
     """In a block, a K step of 16 columns is 32 bytes, one of 16 tokens two atoms."""
     width = plan.rows * plan.dtype.itemsize
     q_block = plan.rows * 128
-    part = [(block, k) for block in range(PART_BLOCKS) for k in range(4)]
+    part = [(block, k) for block in range(plan.part_blocks) for k in range(4)]
     rows = tuple(block * q_block + k * 32 for block, k in part)
     columns = tuple(block * plan.block_bytes + k * 32 for block, k in part)
     tokens = range(plan.tile_n // 16)
     sV = shared.sV.iterator.toint()
+    sK = sV if plan.latent else shared.sK.iterator.toint()
     sR = shared.sR.iterator.toint() if plan.rope_blocks else sV
-    q = Operand.swizzled(shared.sQ, 0, ATOM, rows, PART_BLOCKS * q_block)
+    q = Operand.swizzled(shared.sQ, 0, ATOM, rows, plan.part_blocks * q_block)
     return Operands(
         q=q,
         q_rope=replace(q, steps=q.steps[:4]),
-        k=Operand.swizzled(sV, 0, ATOM, columns, plan.part_bytes),
+        k=Operand.swizzled(sK, 0, ATOM, columns, plan.part_bytes),
         k_rope=Operand.swizzled(sR, 0, ATOM, columns[:4], plan.block_bytes),
         v=Operand.swizzled(
             sV, plan.block_bytes, ATOM, tuple(k * 2 * ATOM for k in tokens), plan.part_bytes
@@ -58,16 +59,19 @@ def operands(plan: SmallPlan, shared: Shared) -> Operands:
 
 @cute.jit
 def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, barriers: Barriers):
-    """Reads: sQ, sV, sR, sP, sKeep. Writes: S, O in TMEM.
-    Waits: q_full, v_full, r_full, p_full. Signals: q_empty, v_empty, r_empty, s_full, o_full.
+    """Reads: sQ, sV, sR, sK, sP, sKeep. Writes: S, O in TMEM.
+    Waits: q_full, v_full, r_full, k_full, p_full.
+    Signals: q_empty, v_empty, r_empty, k_empty, s_full, o_full.
 
     S of the next tile is made from its parts as they arrive; when one is not there yet, P V of the
     tile before goes first, so that its parts are released while there is nothing else to do."""
     ops = operands(plan, shared)
     s_kind = instruction_descriptor(dtype, plan.tile_n, plan.rows, False)
+    full, lead = plan.s_ring + "_full", plan.depth - 1
     count = Int32(0)  # tiles whose S was made
+    done = Int32(0)  # tiles whose P V was
     q_phase = Int32(0)
-    v, r = Cursor(plan.v_stages), Cursor(plan.r_stages)
+    s, r = Cursor(plan.s_stages), Cursor(plan.r_stages)
     held = Cursor(plan.v_stages)  # the first part that P V has not seen
     place = work.pieces.start
     while work.pieces.more(place):
@@ -75,23 +79,26 @@ def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, 
         if piece.end > piece.begin:
             barriers.wait("q_full", q_phase)
             q_phase = q_phase ^ 1
-            for n in cutlass.range(piece.begin, piece.end + 1, unroll=1):
-                pending = n > piece.begin
-                fresh = n == piece.begin + 1
+            for n in cutlass.range(piece.begin, piece.end + lead, unroll=1):
+                pending = n >= piece.begin + lead
+                fresh = n == piece.begin + lead
                 if n < piece.end:
-                    tS = tmem.toint() + plan.tmem["S0"].start + (count & 1) * plan.rows
+                    buffer, _ = turn(plan, count)
+                    tS = tmem.toint() + plan.tmem["S0"].start + buffer * plan.rows
                     for part in cutlass.range(plan.parts, unroll=1):
-                        if pending and not barriers.test("v_full", v.phase, v.index):
+                        if pending and not barriers.test(full, s.phase, s.index):
                             held = value_product(
-                                plan, dtype, ops, shared, tmem, barriers, count - 1, held, fresh
+                                plan, dtype, ops, shared, tmem, barriers, done, held, fresh
                             )
-                            pending = Boolean(False)
-                        barriers.wait("v_full", v.phase, v.index)
+                            done, pending = done + 1, Boolean(False)
+                        barriers.wait(full, s.phase, s.index)
                         multiply(
                             FORM, tS, ops.k, ops.q, ops.q.tile(part), s_kind, part > 0,
-                            v.index * ops.k.stage,
+                            s.index * ops.k.stage,
                         )  # fmt: skip
-                        v = v.next()
+                        if cutlass.const_expr(not plan.latent):
+                            barriers.commit("k_empty", s.index)
+                        s = s.next()
                     if cutlass.const_expr(plan.rope_blocks > 0):
                         barriers.wait("r_full", r.phase, r.index)
                         multiply(
@@ -100,15 +107,15 @@ def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, 
                         )  # fmt: skip
                         barriers.commit("r_empty", r.index)
                         r = r.next()
-                    barriers.commit("s_full", count & 1)
+                    barriers.commit("s_full", buffer)
                     count = count + 1
                     if n == piece.end - 1:
                         barriers.commit("q_empty")
                 if pending:
-                    made = count - 1 - Int32(n < piece.end)
                     held = value_product(
-                        plan, dtype, ops, shared, tmem, barriers, made, held, fresh
+                        plan, dtype, ops, shared, tmem, barriers, done, held, fresh
                     )
+                    done = done + 1
         place = work.pieces.next(place, piece)
 
 
@@ -119,14 +126,18 @@ def value_product(
 ):  # fmt: skip
     """O (+)= P V of tile ``number``, part by part, each released at once; the next part's place."""
     o_kind = instruction_descriptor(
-        dtype, COLUMNS, plan.rows, b_is_mn_major=True, a_is_mn_major=True
+        dtype, plan.columns, plan.rows, b_is_mn_major=True, a_is_mn_major=True
     )
-    buffer = number & 1
-    barriers.wait_tmem("p_full", number >> 1 & 1, buffer)
-    keep = Boolean(True)
+    buffer, phase = turn(plan, number)
+    barriers.wait_tmem("p_full", phase, buffer)
+    keep, parts = Boolean(True), plan.parts
     if cutlass.const_expr(plan.features.skip):
         keep = shared.sKeep[buffer] != 0
-    for part in cutlass.range(plan.parts, unroll=1):
+        if cutlass.const_expr(not plan.latent):
+            parts = parts * Int32(keep)  # of a skipped tile there are no values
+    for part in cutlass.range(parts, unroll=1):
+        if cutlass.const_expr(not plan.latent):
+            barriers.wait("v_full", held.phase, held.index)
         if keep:
             multiply(
                 FORM, tmem.toint() + plan.tmem["O0"].start + part * plan.rows, ops.v, ops.p,

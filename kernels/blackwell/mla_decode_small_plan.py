@@ -23,7 +23,7 @@ BLOCK = 64
 """Columns of a block: 128 bytes of a row, the swizzle atom's width."""
 
 PART_BLOCKS = 2
-"""Blocks of a part."""
+"""Blocks of a part of 128 columns."""
 
 COLUMNS = BLOCK * PART_BLOCKS
 """Value columns of a part: the rows of one P V product, and one for each thread of a warpgroup."""
@@ -31,7 +31,7 @@ COLUMNS = BLOCK * PART_BLOCKS
 MOST_ROWS = 32
 """Above that Q and O would take the room that latents need."""
 
-BOXES = (64, 32, 16, 8)
+BOXES = (128, 64, 32, 16, 8)
 """Tokens of a TMA box: a page is a multiple of it, unless a sequence is one page."""
 
 GATHERED = 4
@@ -44,6 +44,9 @@ class SmallPlan:
 
     A tile is ``tile_n`` tokens, and comes in parts: the value columns in parts of 128, then the
     columns that only the keys have (rope). Parts are the stages of two rings.
+
+    With ``k_stages`` keys and values are two tensors of equal width, with any number of KV heads:
+    the parts of the keys have a ring of their own, and no rope.
     """
 
     head_dim: int
@@ -55,7 +58,10 @@ class SmallPlan:
     box: int = 64
     v_stages: int = 11
     r_stages: int = 2
+    k_stages: int = 0
     tile_n: int = 64
+    depth: int = 2  # buffers of S and of P; S is made up to one tile less ahead of P V
+    paged: bool = True
     cut: Cut = Cut.WHOLE
     rescale_threshold: float = 8.0
     op: Op = field(default_factory=Op)
@@ -70,7 +76,7 @@ class SmallPlan:
             raise ValueError(
                 f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
             )
-        if self.v_stages < 2 * self.parts:
+        if self.latent and self.v_stages < 2 * self.parts:
             raise ValueError(f"{self.v_stages} stages hold no two tiles of {self.parts} parts")
 
     @property
@@ -79,7 +85,7 @@ class SmallPlan:
         features = self.features
         return Cutting(
             self.cut, self.rows, self.tile_n, features.window_left, features.window_right,
-            overhead=2, least=2,
+            overhead=128 // self.tile_n, least=128 // self.tile_n, kv_heads=not self.latent,
         )  # fmt: skip
 
     @property
@@ -93,9 +99,32 @@ class SmallPlan:
         return Leaving(self.op, self.out_dtype, self.head_dim_v)
 
     @property
+    def latent(self) -> bool:
+        """The first columns of the keys are the values."""
+        return self.k_stages == 0
+
+    @property
+    def columns(self) -> int:
+        """Value columns of a part: rows of a P V product, 128 or 64."""
+        return min(COLUMNS, self.head_dim_v)
+
+    @property
+    def part_blocks(self) -> int:
+        return self.columns // BLOCK
+
+    @property
     def parts(self) -> int:
-        """Parts of the value columns."""
-        return self.head_dim_v // COLUMNS
+        """Parts of the value columns, and of keys that are a tensor of their own."""
+        return self.head_dim_v // self.columns
+
+    @property
+    def s_ring(self) -> str:
+        """The ring of what S is made from first: the values, too, or keys alone."""
+        return "v" if self.latent else "k"
+
+    @property
+    def s_stages(self) -> int:
+        return self.v_stages if self.latent else self.k_stages
 
     @property
     def boxes(self) -> int:
@@ -119,7 +148,7 @@ class SmallPlan:
 
     @property
     def part_bytes(self) -> int:
-        return PART_BLOCKS * self.block_bytes
+        return self.part_blocks * self.block_bytes
 
     @property
     def p_bytes(self) -> int:
@@ -128,23 +157,27 @@ class SmallPlan:
 
     @functools.cached_property
     def tmem(self) -> TmemMap:
-        """Oᵀ of every part (128 lanes), then two buffers of Sᵀ (64 tokens in 16 lanes a warp).
+        """Oᵀ of every part (128 lanes), then buffers of Sᵀ. Of 64 rows every warp has 16 in its
+        first 16 lanes.
 
-        With 16 rows: O0 0–15, O1 16–31, O2 32–47, O3 48–63, S0 64–79, S1 80–95.
+        MLA with 16 rows: O0 0–15, O1 16–31, O2 32–47, O3 48–63, S0 64–79, S1 80–95.
         """
         n = self.rows
         regions = [Region(f"O{p}", p * n, n) for p in range(self.parts)]
-        regions += [Region(f"S{i}", (self.parts + i) * n, n) for i in range(2)]
+        regions += [Region(f"S{i}", (self.parts + i) * n, n) for i in range(self.depth)]
         return TmemMap(tuple(regions))
 
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role. Eight warps may have all the registers they like."""
+        rest = (Role("query", (6, 7), 255),)
+        if not self.latent:
+            rest = (Role("query", (6,), 255), Role("load_values", (7,), 255))
         return (
             Role("softmax", (0, 1, 2, 3), 255),
             Role("mma", (4,), 255),
             Role("load", (5,), 255),
-            Role("query", (6, 7), 255),
+            *rest,
         )
 
     def role(self, name: str) -> Role:
@@ -161,9 +194,10 @@ class SmallPlan:
         return {
             "Q": self.rows * self.head_dim * element,
             "V": self.v_stages * self.part_bytes,
+            "K": self.k_stages * self.part_bytes,
             "rope": self.r_stages * self.rope_blocks * self.block_bytes,
-            "P": 2 * self.p_bytes,
-            "O": self.rows * COLUMNS * 4,
+            "P": self.depth * self.p_bytes,
+            "O": self.rows * self.columns * 4,
             "statistics": 4 * (4 + 4 + 1 + 4 * self.features.max_logits) * self.rows,
             "other": OTHER_BYTES,
         }
@@ -190,14 +224,14 @@ def make_small_plan(
             return plan
 
 
-def box_of(page_size: int, one_page: bool = False) -> int:
+def box_of(page_size: int, one_page: bool = False, tile_n: int = 64) -> int:
     """Tokens of a TMA box for pages of that size; 0 when there is no plan. ``one_page``: every
     sequence is one page, whatever its size."""
     if one_page:
-        return BOXES[0]
+        return tile_n
     if page_size == 1:
         return GATHERED
-    return next((box for box in BOXES if page_size > 0 and page_size % box == 0), 0)
+    return next((b for b in BOXES if b <= tile_n and page_size > 0 and page_size % b == 0), 0)
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

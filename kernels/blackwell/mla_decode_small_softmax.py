@@ -1,8 +1,8 @@
 """The softmax warpgroup of `mla_decode_small`: scores lie transposed, tokens along TMEM lanes.
 
-A warp has 16 tokens of a tile in 16 lanes, and reads them as fragments, so that all its threads
-have work: thread t holds tokens t / 4 and t / 4 + 8 of its warp, and of every 8 rows (query
-position × head) rows 2 (t % 4) and the next. Everything about rows is kept once per thread that
+A warp has 16 tokens of a tile in 16 lanes (of a tile of 128 tokens 32), and reads them as fragments
+of 16, so that all its threads have work: thread t holds tokens t / 4 and t / 4 + 8 of a fragment, and
+of every 8 rows (query position × head) rows 2 (t % 4) and the next. Everything about rows is kept once per thread that
 holds scores of them; row sums are added up over threads at the end only.
 
 Exponents are e = c·s − c·m. While every e of a tile stays below the rescale threshold, m is good
@@ -31,6 +31,7 @@ from cute_fmha.kernels.blackwell.mla_decode_small_work import (
     Group,
     Shared,
     Work,
+    turn,
 )
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.softmax import (
@@ -80,16 +81,16 @@ class Tally:
         return Tally(Int32(values[0]), Int32(values[1]))
 
 
-def paired(count: int) -> list[tuple[int, int, int]]:
-    """(first register, row, its index among the thread's rows) of the pairs of a fragment: of every
-    eight rows two tokens, of each of them two neighbouring rows."""
-    return [(4 * g + 2 * half, 2 * g, half) for g in range(count // 8) for half in range(2)]
+def paired(registers: int, rows: int) -> list[tuple[int, int]]:
+    """(first register, first row among the thread's) of the pairs in fragments: of every eight rows
+    two tokens, of each of them two neighbouring rows."""
+    return [(first, first // 4 * 2 % rows) for first in range(0, registers, 2)]
 
 
 def exponents(scores: list[Float32], scale: Float32, minus: list[Float32]) -> list[Float32]:
     """e = c·s − c·m."""
     result: list[Float32] = []
-    for first, i, _ in paired(2 * len(scores)):
+    for first, i in paired(len(scores), len(minus)):
         result += cute.arch.fma_packed_f32x2(
             (scores[first], scores[first + 1]), (scale, scale), (minus[i], minus[i + 1])
         )
@@ -119,9 +120,8 @@ def masked(group: Group, piece: Piece, n: Int32, scores: list[Float32]) -> list[
         if not isinstance(right, int):
             end = cutlass.min(end, diagonal + right + 1)
         end = cutlass.select_(exists, end, Int32(0))
-        for half in range(2):
-            at = 4 * (i // 2) + 2 * half + i % 2
-            token = group.token(half)
+        for index, at in enumerate(group.places(i)):
+            token = group.token(index)
             seen = token < end
             if not isinstance(left, int):
                 seen = seen & (token >= diagonal - left)
@@ -186,16 +186,19 @@ def step(
 ):  # fmt: skip
     """One tile: the next state and tally."""
     plan = group.plan
-    buffer, phase = tally.count & 1, tally.count >> 1 & 1
+    buffer, phase = turn(plan, tally.count)
     group.barriers.wait_tmem("s_full", phase, buffer)
     tS = group.tmem + plan.tmem["S0"].start + buffer * plan.rows
-    scores = ptx.tcgen05_wait_load(ptx.tcgen05_load_fragment(tS, plan.rows // 8))
+    scores = []
+    for lane in cutlass.range_constexpr(0, plan.tile_n // 4, 16):
+        scores += ptx.tcgen05_load_fragment(tS + (lane << 16), plan.rows // 8)
+    scores = ptx.tcgen05_wait_load(scores)
     if cutlass.const_expr(plan.features.softcap):
         scores = capped(scores, group.scalars.cap_inner)
     if cutlass.const_expr(is_masked):
         scores = masked(group, piece, n, scores)
     if cutlass.const_expr(plan.features.max_logits):
-        state = seen(scores, state)
+        state = seen(group, scores, state)
     scale = group.scalars.scale_log2
     first = n == piece.begin
     if cutlass.const_expr(plan.features.skip):
@@ -203,10 +206,7 @@ def step(
         flags = Int32((above >= threshold) | first) * KEEPS | Int32(above > 0.0) * RAISES
         flags = agree(group, buffer, flags)
         keep = flags & KEEPS != 0
-        sKeep = group.shared.sKeep
-        if group.warp == 0:
-            with cute.arch.elect_one():
-                sKeep[buffer] = Int32(keep)
+        tell(group, buffer, phase, Int32(keep))
         if keep:
             if flags & RAISES != 0:
                 state = raised(group, scores, state, tally.count, first)
@@ -225,13 +225,26 @@ def step(
     return state, tally
 
 
-def seen(scores: list[Float32], state: Rows) -> Rows:
+def seen(group: Group, scores: list[Float32], state: Rows) -> Rows:
     """The state after the scores of a tile, kept or not."""
     tops = [
-        ptx.max3(top, scores[4 * (i // 2) + i % 2], scores[4 * (i // 2) + i % 2 + 2])
+        largest([top, *(scores[at] for at in group.places(i))])
         for i, top in enumerate(state.largest)
     ]
     return Rows(state.minus, state.total, state.running, tops)
+
+
+@cute.jit
+def tell(group: Group, buffer: Int32, phase: Int32, keep: Int32):
+    """Write down whether a tile is kept; values of their own are not fetched before."""
+    sKeep = group.shared.sKeep
+    if group.warp == 0:
+        if cutlass.const_expr(not group.plan.latent):
+            group.barriers.wait("decision_read", phase ^ 1, buffer)
+        with cute.arch.elect_one():
+            sKeep[buffer] = keep
+        if cutlass.const_expr(not group.plan.latent):
+            group.barriers.arrive_leader("decided", buffer)
 
 
 def agree(group: Group, buffer: Int32, flags: Int32) -> Int32:
@@ -254,8 +267,7 @@ def raised(group: Group, scores, state, count: Int32, first: Boolean):
     rows = group.rows()
     tops = []
     for i in cutlass.range_constexpr(len(rows)):
-        at = 4 * (i // 2) + i % 2
-        top = cute.arch.fmax(scores[at], scores[at + 2])
+        top = largest([scores[at] for at in group.places(i)])
         for distance in (4, 8, 16):
             top = cute.arch.fmax(top, cute.arch.shuffle_sync_bfly(top, distance))
         tops.append(top)
@@ -289,18 +301,18 @@ def raised(group: Group, scores, state, count: Int32, first: Boolean):
 
 @cute.jit
 def rescale(group: Group):
-    """O = fade · O. A thread has one value column of every part; rows lie along TMEM columns."""
+    """O = fade · O; rows lie along TMEM columns."""
     plan = group.plan
-    fades = [group.shared.sFade[row, group.warp] for row in range(plan.rows)]
+    fades = [group.shared.sFade[row, group.warp] for _, row in group.held()]
     for part in cutlass.range(plan.parts, unroll=1):
         tO = group.tmem + plan.tmem["O0"].start + part * plan.rows
-        values = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO, plan.rows))
+        values = group.load_part(tO)
         faded = []
-        for row in cutlass.range_constexpr(0, plan.rows, 2):
+        for j in cutlass.range_constexpr(0, len(values), 2):
             faded += cute.arch.mul_packed_f32x2(
-                (values[row], values[row + 1]), (fades[row], fades[row + 1])
+                (values[j], values[j + 1]), (fades[j], fades[j + 1])
             )
-        ptx.tcgen05_store(tO, faded)
+        group.store_part(tO, faded)
     ptx.tcgen05_wait_store()
 
 
@@ -309,7 +321,7 @@ def probabilities(group: Group, e: list[Float32], state: Rows, buffer: Int32) ->
     plan = group.plan
     p = [ptx.exp2(x) for x in e]
     total = list(state.total)
-    for first, i, _ in paired(2 * len(p)):
+    for first, i in paired(len(p), len(total)):
         total[i : i + 2] = cute.arch.add_packed_f32x2(
             (total[i], total[i + 1]), (p[first], p[first + 1])
         )
@@ -317,10 +329,13 @@ def probabilities(group: Group, e: list[Float32], state: Rows, buffer: Int32) ->
     # Lane l gives the address of 8 rows of a token: of matrix l / 8, its token l % 8.
     width = plan.rows * plan.dtype.itemsize
     matrix = group.lane // 8
-    token = group.warp * 16 + matrix % 2 * 8 + group.lane % 8
+    token = group.warp * (plan.tile_n // 4) + matrix % 2 * 8 + group.lane % 8
     target = group.shared.sP + buffer * plan.p_bytes + token * width
     swizzle = token * width // 128 % (width // 16)
     for eight in range(0, plan.rows // 8, 2):
-        piece = eight + matrix // 2 ^ swizzle
-        ptx.store_matrices(target + piece * 16, words[2 * eight : 2 * eight + 4])
+        piece = target + (eight + matrix // 2 ^ swizzle) * 16
+        for i in range(plan.tile_n // 64):
+            # 16 tokens further the swizzle is the same.
+            at = 2 * eight + i * plan.rows // 4
+            ptx.store_matrices(piece + i * 16 * width, words[at : at + 4])
     return Rows(state.minus, total, state.running, state.largest)

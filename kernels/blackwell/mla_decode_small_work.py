@@ -13,6 +13,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.base import Row
+from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
@@ -30,9 +31,11 @@ class Global(NamedTuple):
 
     tma: cute.CopyAtom
     mL: cute.Tensor  # (PAGE_ROW, D, PAGE, END), see `ragged`; gathered (PAGE, D)
+    # Where keys and values are tensors of their own, these are the keys, and have KV heads:
+    # (PAGE_ROW, D, HEAD_KV, PAGE, END)
     mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, D)
-    mTable: cute.Tensor  # (BATCH, MAX_PAGES)
-    mLens: cute.Tensor  # (BATCH,)
+    mTable: cute.Tensor | None  # (BATCH, MAX_PAGES); without it page b is sequence b
+    mLens: cute.Tensor | None  # (BATCH,); without it pages are full
     mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, DV)
     mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
     mMaxLogits: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
@@ -42,6 +45,8 @@ class Global(NamedTuple):
     mCounters: cute.Tensor  # (COUNTERS,), see `splitkv`
     mPartial: cute.Tensor  # (FLOATS,)
     op: tuple[Any, ...] | None  # what the epilogue op reads, and its second output
+    tma_v: cute.CopyAtom | None = None
+    mV: cute.Tensor | None = None  # (PAGE_ROW, DV, HEAD_KV, PAGE, END)
 
 
 class Shared(NamedTuple):
@@ -59,7 +64,8 @@ class Shared(NamedTuple):
     sVote: Any  # address: (WARP, BUFFER), what the warps say of a tile
     sKeep: Any  # (BUFFER,): whether a tile is kept
     sFound: Any  # (FOUND,), see `worklist.find`
-    sBoxes: Any  # (NUMBER,): where the boxes of the next tile lie, 4 each
+    sBoxes: Any  # (NUMBER, LOADER): where the boxes of the next tile lie, 4 each
+    sK: Any = None  # (TOKEN, 64, BOX, BLOCK, STAGE), as sV: keys that are a tensor of their own
 
 
 class Work(Fixed):
@@ -71,9 +77,12 @@ class Work(Fixed):
         self.scalars = scalars
         self.splitkv = SplitKV(**vars(plan.slots))
         self.workspace = Workspace(mem.mCounters, mem.mPartial, Int32(0))
+        kv_heads = 1 if plan.latent else mem.mL.shape[2]
+        heads = mem.mQ.shape[2] if plan.latent else mem.mQ.shape[2] // kv_heads
         self.sizes = Sizes(
-            mem.mLens, mem.mQ.shape[1], mem.mQ.shape[2], scalars.window_left, scalars.window_right,
+            mem.mLens, mem.mQ.shape[1], heads, scalars.window_left, scalars.window_right,
             scalars.num_splits, cute.arch.grid_dim()[0], cute.arch.block_idx()[0],
+            kv_heads, mem.mQ.shape[0], mem.mL.shape[0],
         )  # fmt: skip
         self.pieces = WorkList(plan.cutting, self.sizes, found)
 
@@ -100,7 +109,10 @@ class Work(Fixed):
         exists = row < self.pieces.total_rows
         row = cutlass.min(row, self.pieces.total_rows - 1)
         position = row // self.sizes.heads
-        return position, row - position * self.sizes.heads, exists
+        head = row - position * self.sizes.heads
+        if not self.plan.latent:
+            head = head + piece.head * self.sizes.heads
+        return position, head, exists
 
     def output_row(self, piece: Piece, row: Int32) -> Row:
         """Row ``row`` of a work tile as the epilogue op sees it."""
@@ -115,6 +127,11 @@ class Work(Fixed):
             return Float32(0.0)
         value = self.mem.mSkip[0] if features.skip_tensor else self.scalars.skip
         return log2_threshold(value / Float32(piece.length) if features.skip_relative else value)
+
+
+def turn(plan: SmallPlan, number: Int32) -> tuple[Int32, Int32]:
+    """(buffer, parity of its phase) of a CTA's tile ``number``."""
+    return number & (plan.depth - 1), number >> (plan.depth.bit_length() - 1) & 1
 
 
 @dataclass(frozen=True)
@@ -137,10 +154,42 @@ class Group:
         first = 2 * (self.lane % 4)
         return [first + 8 * (i // 2) + i % 2 for i in range(self.plan.rows // 4)]
 
-    def token(self, half: int) -> Int32:
-        """The thread's token in a tile, first and second."""
-        return self.warp * 16 + self.lane // 4 + 8 * half
+    def token(self, index: int) -> Int32:
+        """The thread's ``index``-th token in a tile: of every 16 two."""
+        return self.warp * (self.plan.tile_n // 4) + self.lane // 4 + 8 * index
+
+    def places(self, i: int) -> list[int]:
+        """The registers of a tile's scores that are of the thread's ``i``-th row, by token."""
+        of_16 = range(0, self.plan.tile_n * self.plan.rows // 128, self.plan.rows // 2)
+        return [first + 4 * (i // 2) + 2 * half + i % 2 for first in of_16 for half in range(2)]
+
+    def held(self) -> list[tuple[Int32, Any]]:
+        """(column of the part, row) of each of the thread's registers of a part of O; pairs of them
+        are of neighbouring rows of a column. Products of 64 columns have 16 in the first lanes of
+        every warp, and are read as fragments, as S."""
+        plan, rows = self.plan, self.rows()
+        if plan.columns == 128:
+            return [(self.warp * 32 + self.lane, row) for row in range(plan.rows)]
+        column = self.warp * 16 + self.lane // 4
+        eights = range(0, len(rows), 2)
+        return [
+            (column + 8 * half, rows[i + j]) for i in eights for half in range(2) for j in range(2)
+        ]
+
+    def load_part(self, tO: Int32) -> list[Float32]:
+        """A part of O; `held` says what of it."""
+        if self.plan.columns == 128:
+            return ptx.tcgen05_wait_load(ptx.tcgen05_load(tO, self.plan.rows))
+        return ptx.tcgen05_wait_load(ptx.tcgen05_load_fragment(tO, self.plan.rows // 8))
+
+    def store_part(self, tO: Int32, values: list[Float32]) -> None:
+        """What `load_part` has given, changed; it is there after `ptx.tcgen05_wait_store`."""
+        if self.plan.columns == 128:
+            ptx.tcgen05_store(tO, values)
+        else:
+            ptx.tcgen05_store_fragment(tO, values)
 
     def wait_product(self, number: Int32) -> None:
         """Wait until P V of tile ``number`` is complete; S of the tile after it must be."""
-        self.barriers.wait_tmem("o_full", number >> 1 & 1, number & 1)
+        buffer, phase = turn(self.plan, number)
+        self.barriers.wait_tmem("o_full", phase, buffer)

@@ -34,6 +34,10 @@ NAME = "mla_decode"
 LOG2_E = math.log2(math.e)
 
 
+def cycles(problem: Problem, target: Target) -> float:
+    return 64
+
+
 def skip_tiles(plan: MlaPlans) -> dict[str, Any]:
     """The tiles whose skips are decided, as `cute_fmha.reference.tile_oracle` takes them."""
     return {"tile_m": plan.rows, "tile_n": plan.tile_n, "pack_heads": True}
@@ -41,14 +45,23 @@ def skip_tiles(plan: MlaPlans) -> dict[str, Any]:
 
 def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
     """(kernel, placeholders). Every extent and stride is dynamic but the head dims."""
+    from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+    from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
+
+    kernel = MlaDecode(plan) if isinstance(plan, MlaPlan) else MlaDecodeSmall(plan)
+    return kernel, stand_ins(plan)
+
+
+def stand_ins(
+    plan: MlaPlans, apart: bool = False, table: bool = True, lengths: bool = True
+) -> tuple[Any, ...]:
+    """Placeholders for a decode kernel: with keys and values ``apart``, any number of KV heads."""
     from cutlass import Float32, Int32, Int64
     from cutlass.cute.runtime import make_fake_stream
 
     from cute_fmha.kernels.blackwell.build import placeholder
     from cute_fmha.kernels.blackwell.device import DTYPES
     from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
-    from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
-    from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
 
     features = plan.features
     dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
@@ -56,9 +69,9 @@ def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
     elements = Leaving(plan.op, plan.out_dtype, plan.head_dim_v).elements
     tensors = Tensors(
         placeholder(dtype, None, None, None, plan.head_dim, align=16),
-        placeholder(dtype, None, None, 1, plan.head_dim, align=16),
-        placeholder(Int32, None, None),
-        placeholder(Int32, None),
+        placeholder(dtype, None, None, None if apart else 1, plan.head_dim, align=16),
+        placeholder(Int32, None, None) if table else None,
+        placeholder(Int32, None) if lengths else None,
         placeholder(out_dtype, None, None, None, elements, align=16),
         placeholder(Float32, None, None, None) if features.lse else None,
         placeholder(Float32, None, None, None) if features.max_logits else None,
@@ -68,14 +81,15 @@ def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
         placeholder(Int32, None) if split else None,
         placeholder(Float32, None, align=16) if split else None,
     )
-    arguments = (
+    values = [placeholder(dtype, None, None, None, plan.head_dim_v, align=16)] if apart else []
+    return (
         tensors,
+        *values,
         Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0), Int32(0)),
         Int32(0),
         placeholders(plan.op),
         make_fake_stream(use_tvm_ffi_env_stream=True),
     )
-    return (MlaDecode(plan) if isinstance(plan, MlaPlan) else MlaDecodeSmall(plan)), arguments
 
 
 def workspace_bytes(problem: Problem, target: Target) -> int:
@@ -89,14 +103,31 @@ def workspace_bytes(problem: Problem, target: Target) -> int:
     return COUNTER_BYTES + 4 * slots.floats(plan.cut, workers, work_tiles, problem.num_splits)
 
 
+def scalars_of(call: Call) -> tuple[float | int, ...]:
+    """The call's `mla_arguments.Scalars`."""
+    problem, scale, cap_inner = call.problem, call.scale, 0.0
+    if problem.softcap:
+        scale, cap_inner = call.softcap, scale / call.softcap
+    window = (problem.window_left, problem.window_right)
+    return (scale * LOG2_E, cap_inner, *window, call.skip_value, problem.num_splits)
+
+
+def split_tensors(call: Call, needed: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """(counters, partial results) of ``needed`` bytes of workspace; None where nothing is cut."""
+    if not needed:
+        return None, None
+    splits = call.problem.num_splits
+    workspace = workspace_of(call.workspace, call.q.device, needed, splits)
+    head, rest = workspace[:COUNTER_BYTES], workspace[COUNTER_BYTES:]
+    return head.view(torch.int32), rest.view(torch.float32)
+
+
 def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[Any, ...]]:
     """What turns a call of ``problem`` into arguments; as many CTAs as ``target`` has SMs.
 
     The stream is not among them: TVM-FFI takes PyTorch's current one.
     """
     plan = plan_of(problem)
-    window = (problem.window_left, problem.window_right)
-    softcap, splits = problem.softcap, problem.num_splits
     needed, ctas = workspace_bytes(problem, target), target.num_sms
     even = isinstance(plan, MlaPlan) and problem.seqlen_q > 1
 
@@ -108,19 +139,10 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
                 "the MLA decode kernel stores positions and heads as rows at even distances; got "
                 f"out with strides {call.out.stride()}"
             )
-        scale, cap_inner = call.scale, 0.0
-        if softcap:
-            scale, cap_inner = call.softcap, scale / call.softcap
-        counters = partial = None
-        if needed:
-            workspace = workspace_of(call.workspace, call.q.device, needed, splits)
-            counters = workspace[:COUNTER_BYTES].view(torch.int32)
-            partial = workspace[COUNTER_BYTES:].view(torch.float32)
-        scalars = (scale * LOG2_E, cap_inner, *window, call.skip_value, splits)
         tensors = (
             call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,
-            call.max_logits, call.sink, call.skip_tensor, call.stats, counters, partial,
+            call.max_logits, call.sink, call.skip_tensor, call.stats, *split_tensors(call, needed),
         )  # fmt: skip
-        return tensors, scalars, ctas, op_arguments(call)
+        return tensors, scalars_of(call), ctas, op_arguments(call)
 
     return arguments

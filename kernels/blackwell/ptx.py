@@ -103,6 +103,17 @@ def tcgen05_load_fragment(address: Int32, count: int, *, loc=None, ip=None) -> l
 
 
 @dsl_user_op
+def tcgen05_store_fragment(address: Int32, values: list[Float32], *, loc=None, ip=None) -> None:
+    """tcgen05.st.16x256b: the counterpart of `tcgen05_load_fragment`."""
+    count = len(values)
+    _asm(
+        f"tcgen05.st.sync.aligned.16x256b.x{count // 4}.b32 [$0], {_names(1, count)};",
+        [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
+        ",".join(["r"] + ["f"] * count), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
 def tcgen05_wait_load(values: list[Float32], *, loc=None, ip=None) -> list[Float32]:
     """tcgen05.wait::ld; returns the ``values`` that earlier loads gave, now complete.
 

@@ -1,7 +1,8 @@
 """Who computes which KV tiles: the work of a decode launch, cut into pieces, found on the device.
 
-A work tile is a block of rows (query position × head, position-major) of one sequence; it needs the
-KV tiles that `tiling.kv_tile_ranges` says. A worker, one CTA or one cluster, computes *pieces* of
+A work tile is a block of rows (query position × head, position-major) of one sequence and, where
+there are several, one KV head, whose query heads these are; it needs the KV tiles that
+`tiling.kv_tile_ranges` says. Work tiles are ordered by sequence, KV head, block. A worker, one CTA or one cluster, computes *pieces* of
 work tiles: contiguous ranges of their KV tiles. All sizes come from the lengths in device memory,
 so a CUDA graph follows them. `Cut` says where work tiles are cut:
 
@@ -53,14 +54,17 @@ FOUND = 4
 class Sizes(NamedTuple):
     """What is known when a kernel runs."""
 
-    mLens: cute.Tensor  # (BATCH,): keys of each sequence
+    mLens: cute.Tensor | None  # (BATCH,): keys of each sequence
     seqlen_q: Int32
-    heads: Int32
+    heads: Int32  # of a KV head
     window_left: Int32
     window_right: Int32
     num_splits: Int32  # of FIXED
     workers: Int32
     worker: Int32
+    kv_heads: Any = 1
+    batch: Any = None  # without mLens: how many sequences, and the keys of every one
+    seqlen_k: Any = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,8 @@ class Place(Carried):
 
 @dataclass(frozen=True)
 class Piece(Carried):
-    """KV tiles ``begin … end − 1`` of row block ``block`` of sequence ``batch``, which has
-    ``length`` keys; those from ``full_begin`` to ``full_end − 1`` need no mask.
+    """KV tiles ``begin … end − 1`` of row block ``block`` of KV head ``head`` of sequence ``batch``,
+    which has ``length`` keys; those from ``full_begin`` to ``full_end − 1`` need no mask.
 
     ``tiles`` are the KV tiles of the whole work tile. A piece that does not exist has no KV tiles
     and is passed over: a cut has moved, or there are fewer KV tiles than splits. A work tile
@@ -92,6 +96,7 @@ class Piece(Carried):
     tiles: Int32
     exists: Int32
     whole: Int32
+    head: Int32
 
 
 @dataclass(frozen=True)
@@ -126,17 +131,32 @@ class WorkList(Fixed):
 
     @property
     def total_rows(self) -> Int32:
-        """Rows of a sequence."""
+        """Rows of a sequence and a KV head."""
         return self.sizes.seqlen_q * self.sizes.heads
+
+    @property
+    def row_blocks(self) -> Int32:
+        return ceil_div(self.total_rows, self.cutting.rows)
 
     @property
     def blocks(self) -> Int32:
         """Work tiles of a sequence."""
-        return ceil_div(self.total_rows, self.cutting.rows)
+        if self.cutting.kv_heads:
+            return self.row_blocks * self.sizes.kv_heads
+        return self.row_blocks
+
+    @property
+    def batches(self) -> Int32:
+        """Sequences."""
+        return self.sizes.batch if self.sizes.mLens is None else self.sizes.mLens.shape[0]
 
     @property
     def work_tiles(self) -> Int32:
-        return self.blocks * self.sizes.mLens.shape[0]
+        return self.blocks * self.batches
+
+    def length(self, batch: Int32) -> Int32:
+        """Keys of a sequence."""
+        return self.sizes.seqlen_k if self.sizes.mLens is None else self.sizes.mLens[batch]
 
     # ------------------------------------------------------------------ the walk
 
@@ -153,8 +173,11 @@ class WorkList(Fixed):
         if cutlass.const_expr(self.cutting.cut is Cut.SHARE):
             work = place.number
         batch = work // self.blocks
-        block = work - batch * self.blocks
-        length = self.sizes.mLens[batch]
+        block, head = work - batch * self.blocks, Int32(0)
+        if cutlass.const_expr(self.cutting.kv_heads):
+            head = block // self.row_blocks
+            block = block - head * self.row_blocks
+        length = self.length(batch)
         begin, full_begin, full_end, end = self.ranges(block, length)
         tiles = end - begin
         low, high = Int32(0), tiles
@@ -177,7 +200,9 @@ class WorkList(Fixed):
         high, low = begin + high, begin + low
         full_begin = cutlass.min(cutlass.max(full_begin, low), high)
         full_end = cutlass.min(cutlass.max(full_end, full_begin), high)
-        return Piece(batch, block, length, low, full_begin, full_end, high, tiles, exists, whole)
+        return Piece(
+            batch, block, length, low, full_begin, full_end, high, tiles, exists, whole, head
+        )
 
     @cute.jit
     def next(self, place: Place, piece: Piece):
@@ -253,11 +278,13 @@ class WorkList(Fixed):
     def cost(self, batch: Int32):
         """What all work tiles of a sequence cost; 0 past the last sequence."""
         cost = Int32(0)
-        if batch < self.sizes.mLens.shape[0]:
-            length = self.sizes.mLens[batch]
-            for block in cutlass.range(self.blocks, unroll=1):
+        if batch < self.batches:
+            length = self.length(batch)
+            for block in cutlass.range(self.row_blocks, unroll=1):
                 begin, _, _, end = self.ranges(block, length)
                 cost += end - begin + self.cutting.overhead
+        if cutlass.const_expr(self.cutting.kv_heads):
+            cost = cost * self.sizes.kv_heads
         return cost
 
 
@@ -281,7 +308,7 @@ def find(cutting: Cutting, sizes: Sizes, found: cute.Tensor):
     is to do unless work is cut by SHARE."""
     works = WorkList(cutting, sizes)
     lane = cute.arch.lane_idx()
-    batches = sizes.mLens.shape[0]
+    batches = works.batches
     total = Int32(0)
     for first in cutlass.range(0, batches, 32, unroll=1):
         total += works.cost(first + lane)
@@ -304,15 +331,19 @@ def find(cutting: Cutting, sizes: Sizes, found: cute.Tensor):
             end += cutlass.select_(lane >= distance, lower, Int32(0))
         at = before + end - cost
         if at <= target and target < at + cost:
-            length = sizes.mLens[batch]
-            block, searching = Int32(0), Boolean(True)
-            for following in cutlass.range(works.blocks, unroll=1):
+            length = works.length(batch)
+            first_block, block, searching = Int32(0), Int32(0), Boolean(True)
+            if cutlass.const_expr(cutting.kv_heads):
+                of_head = cost // sizes.kv_heads
+                head = (target - at) // of_head
+                at, first_block = at + head * of_head, head * works.row_blocks
+            for following in cutlass.range(works.row_blocks, unroll=1):
                 begin, _, _, stop = works.ranges(following, length)
                 after = at + (stop - begin) + cutting.overhead
                 searching = searching & (target >= after)
                 if searching:
                     at, block = after, following + 1
-            found[0] = batch * works.blocks + block
+            found[0] = batch * works.blocks + first_block + block
             found[1] = at
         before += cute.arch.shuffle_sync(end, 31)
     cute.arch.sync_warp()

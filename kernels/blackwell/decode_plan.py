@@ -1,0 +1,102 @@
+"""The plan of `decode`: a `SmallPlan` whose keys and values are tensors of their own."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import torch
+
+from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.epilogue import Op, op_of, unsuited
+from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
+    GATHERED,
+    MOST_ROWS,
+    SmallPlan,
+    box_of,
+)
+from cute_fmha.kernels.blackwell.mla_plan import cut_of
+from cute_fmha.kernels.blackwell.plan import Features, unsuited_target
+from cute_fmha.problem import Problem, Target
+from cute_fmha.tiling import ceil_div
+from cute_fmha.workspace import COUNTER_BYTES
+
+WIDTHS = (64, 128, 256, 512)
+"""Head dims D = Dv."""
+
+TILE_N = 128
+"""Keys of a tile: S has a token in every lane."""
+
+
+@functools.cache
+def make_decode_plan(
+    width: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features, rows: int,
+    box: int = TILE_N, paged: bool = False, cut: Cut = Cut.WHOLE, op: Op | None = None,
+) -> SmallPlan:  # fmt: skip
+    """As many stages as shared memory takes, of keys and of values alike.
+
+    With skip-softmax four tiles may be decided on before the first one's values are there: that
+    they are asked for only after the decision costs nothing as long as keys keep coming.
+    """
+    plan = SmallPlan(
+        width, width, dtype, out_dtype, features, 16 if rows <= 16 else MOST_ROWS, box,
+        v_stages=1, r_stages=0, k_stages=1, tile_n=TILE_N, depth=4 if features.skip else 2,
+        paged=paged, cut=cut, op=op or Op(),
+    )  # fmt: skip
+    while True:
+        more = plan.v_stages == plan.k_stages
+        try:
+            plan = replace(
+                plan, k_stages=plan.k_stages + more, v_stages=plan.v_stages + (not more)
+            )
+        except ValueError:
+            return plan
+
+
+def plan_of(problem: Problem) -> SmallPlan:
+    paged = problem.layout == "paged"
+    one_page = not paged or problem.page_size == problem.seqlen_k
+    return make_decode_plan(
+        problem.head_dim, problem.dtype, problem.out_dtype, Features.of(problem),
+        problem.seqlen_q * problem.group, box_of(problem.page_size, one_page, TILE_N), paged,
+        cut_of(problem.num_splits), op_of(problem),
+    )  # fmt: skip
+
+
+def work_tiles(problem: Problem, plan: SmallPlan) -> int:
+    blocks: int = ceil_div(problem.seqlen_q * problem.group, plan.rows)
+    return blocks * problem.heads_kv * problem.batch
+
+
+def can_implement(problem: Problem, target: Target) -> str | None:
+    """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    if (reason := unsuited_target(target)) is not None:
+        return reason
+    if problem.op != "attention":
+        return f"the decode kernel has no {problem.op}"
+    if problem.packed_q or problem.layout == "packed":
+        return "the decode kernel takes dense and paged keys and dense queries; got packed ones"
+    if problem.block_mask is not None:
+        return "the decode kernel takes no block mask"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"the decode kernel takes bfloat16 and float16; got {problem.dtype}"
+    if dims not in [(width, width) for width in WIDTHS]:
+        return f"the decode kernel has D = Dv in {WIDTHS}; got {dims}"
+    if 0 in (problem.seqlen_q, problem.seqlen_k, problem.batch):
+        return "the decode kernel needs at least one sequence, query and key"
+    one_page = problem.layout != "paged" or problem.page_size == problem.seqlen_k
+    if box_of(problem.page_size, one_page) in (0, GATHERED):
+        return (
+            "the decode kernel takes pages of a multiple of 8 tokens, or one page a sequence; got "
+            f"{problem.page_size}"
+        )
+    if problem.num_splits > 1:
+        plan = plan_of(problem)
+        counters = plan.slots.counters(plan.cut, 0, work_tiles(problem, plan))
+        if 4 * counters > COUNTER_BYTES:
+            return (
+                f"a fixed number of splits takes {counters} counters for {problem.batch} sequences "
+                f"of {problem.heads_kv} KV heads; a workspace has {COUNTER_BYTES // 4}"
+            )
+    return unsuited(problem)

@@ -27,10 +27,6 @@ _MODULES = {
 }
 _AUTO_ORDER = ("blackwell", "triton", "reference")
 
-FEW_ROWS = 64
-"""Query rows of a KV head up to which `auto` prefers kernels that split the keys."""
-
-
 @functools.cache
 def _module(backend: str) -> ModuleType | str:
     """The backend's module, or the reason why there is none."""
@@ -57,10 +53,8 @@ def _auto_reason(problem: Problem, target: Target, name: str) -> str | None:
         return reason
     if name == "triton" and target.device_type != "cuda":
         return "its interpreter is for tests"
-    few = problem.op == "attention" and problem.seqlen_q * problem.group <= FEW_ROWS
-    if name == "blackwell" and few:
-        return "few query rows are left to kernels that split the keys"
-    return None
+    declines = getattr(_module(name), "declines", None)
+    return None if declines is None else declines(problem, target)
 
 
 @functools.cache

@@ -1,5 +1,42 @@
-"""Decode of ordinary heads on Blackwell (sm_100a, sm_103a): operands swapped, as in
-`mla_decode_small`, whose roles these are; keys and values are tensors of their own.
+"""Decode of ordinary heads on Blackwell (sm_100a, sm_103a): operands swapped.
+
+The mathematics and the roles are those of `mla_decode_small`; what is different is that keys and
+values are tensors of their own, of equal width D and with KV heads. Rows are (query position, head
+of the group), position-major; a work tile is at most 16 or 32 of them, of one KV head of one
+sequence. Per tile of 128 keys:
+
+    Sᵀ [128, N] = K Qᵀ           A = K, K-major, M = 128
+    Oᵀ [D, N] = fade · Oᵀ + Vᵀ Pᵀ      A = V, MN-major, D / 128 times M = 128, or once M = 64
+
+Shapes: q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D] or, with a table [B, MAX_PAGES], [PAGES, PAGE,
+Hkv, D]; lengths [B], or none where every key is in use; out [B, Sq, Hq, D], lse [B, Hq, Sq]; D is
+64, 128, 256 or 512.
+
+Warps
+    0–3   softmax       as in `mla_decode_small`; a thread has four keys of N / 4 rows
+    4     mma           S = K Qᵀ, O += V P; owns TMEM
+    5     load          block table, keys by TMA
+    6     query         Q → shared memory
+    7     load_values   values by TMA; with skip-softmax those of kept tiles only
+
+Shared memory at D = 128, N = 16 (`SmallPlan.shared_parts`)
+    Q 4 KiB | K: 3 parts of 128 columns × 128 keys, 32 KiB each | V: 3 | P: 2 of 4 KiB | O: 8 KiB
+A part is released when its product is done: K after S, V after P V; no tile has to fit whole.
+
+TMEM at D = 128, N = 16: O0 0–15, S0 16–31, S1 32–47. With skip-softmax there are four S and four P.
+
+Pipelines: `mla_decode_small.topology`.
+
+Timeline with skip-softmax, four tiles deep, in steady state
+
+    load          mma            softmax             load_values
+    K (n + 4)     S (n + 3)      keep (n + 2)? P     V (n + 2), if kept
+                  P V (n)
+
+so that a tile's values have the time of three tiles to arrive although nobody asks for them before
+the decision; without skip-softmax they come along with the keys, and the depth is two.
+
+Constraints: `decode_plan.can_implement`. When it is chosen: `cycles` there and in `prefill_host`.
 """
 
 from __future__ import annotations

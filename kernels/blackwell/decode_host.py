@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.decode_plan import can_implement, plan_of, work_tiles
+from cute_fmha.kernels.blackwell.decode_plan import can_implement, cycles, plan_of, work_tiles
 from cute_fmha.kernels.blackwell.epilogue import device_view, op_arguments
 from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
 from cute_fmha.kernels.blackwell.mla_host import scalars_of, split_tensors, stand_ins
@@ -18,15 +18,11 @@ if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
 __all__ = [
-    "NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles",
-    "workspace_bytes",
+    "NAME", "call_arguments", "can_implement", "compile_arguments", "cycles", "plan_of",
+    "skip_tiles", "workspace_bytes",
 ]  # fmt: skip
 
 NAME = "decode"
-
-
-def cycles(problem: Problem, target: Target) -> float:
-    return problem.seqlen_q * problem.group
 
 
 def skip_tiles(plan: SmallPlan) -> dict[str, Any]:

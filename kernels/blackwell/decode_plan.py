@@ -68,6 +68,19 @@ def work_tiles(problem: Problem, plan: SmallPlan) -> int:
     return blocks * problem.heads_kv * problem.batch
 
 
+def cycles(problem: Problem, target: Target) -> float:
+    """Modelled, of a launch: shared memory binds a work tile's 128 keys, if device memory does not,
+    at 8.6 cycles for every column (D · 256 bytes each of K and V, written once and read once); below
+    64 columns and with more rows the softmax. Keys are split over all SMs, unless told otherwise."""
+    tiles = ceil_div(problem.seqlen_k, TILE_N)
+    blocks = ceil_div(problem.seqlen_q * problem.group, MOST_ROWS)
+    work = blocks * problem.heads_kv * problem.batch
+    pieces = {0: tiles, 1: 1}.get(problem.num_splits, min(problem.num_splits, tiles))
+    turns = ceil_div(work * pieces, target.num_sms) * ceil_div(tiles, pieces)
+    combine = 0 if problem.num_splits == 1 else 2000
+    return turns * max(500.0, 8.6 * problem.head_dim) + combine
+
+
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
     dims = (problem.head_dim, problem.head_dim_v)

@@ -42,6 +42,10 @@ class Host(Protocol):
 
 KERNELS: tuple[Host, ...] = (prefill_host, decode_host, mla_host)
 
+FEW_ROWS = 64
+"""Query rows of a KV head up to which keys may have to be split, and a tile of queries is wasteful.
+"""
+
 ARCHITECTURES = {100: "sm_100a", 103: "sm_103a"}
 """What to compile for, by compute capability."""
 
@@ -59,14 +63,27 @@ class Prepared:
 
 
 def _host(problem: Problem, target: Target) -> Host | str:
-    """The kernel that runs ``problem``, of several the modelled fastest, or why none can."""
+    """The kernel that runs ``problem``, or why none can: the first that can, for few rows the
+    modelled fastest."""
     reasons = {host.NAME: host.can_implement(problem, target) for host in KERNELS}
     able = [host for host in KERNELS if reasons[host.NAME] is None]
     if not able:
         return "; ".join(dict.fromkeys(filter(None, reasons.values())))
-    if len(able) == 1:
+    few = problem.seqlen_q * problem.group <= FEW_ROWS
+    if len(able) == 1 or not few:
         return able[0]
     return min(able, key=lambda host: host.cycles(problem, target))
+
+
+def declines(problem: Problem, target: Target) -> str | None:
+    """Why another backend is the better choice, although a kernel can run ``problem``."""
+    few = problem.op == "attention" and problem.seqlen_q * problem.group <= FEW_ROWS
+    name = choose(problem, target).NAME
+    if few and name == prefill_host.NAME:
+        return "few query rows are left to kernels that split the keys"
+    if not few and name == decode_host.NAME and prefill_host.can_implement(problem, target):
+        return "many query rows are left to kernels that fetch keys once for more than 32 of them"
+    return None
 
 
 def can_implement(problem: Problem, target: Target) -> str | None:

@@ -34,10 +34,6 @@ NAME = "mla_decode"
 LOG2_E = math.log2(math.e)
 
 
-def cycles(problem: Problem, target: Target) -> float:
-    return 64
-
-
 def skip_tiles(plan: MlaPlans) -> dict[str, Any]:
     """The tiles whose skips are decided, as `cute_fmha.reference.tile_oracle` takes them."""
     return {"tile_m": plan.rows, "tile_n": plan.tile_n, "pack_heads": True}

@@ -16,11 +16,15 @@ from cute_fmha.kernels.blackwell.epilogue import device_view, op_arguments, op_o
 from cute_fmha.kernels.blackwell.plan import Features, Plan, can_implement, make_plan, packed_heads
 from cute_fmha.kernels.blackwell.scores import multipliers
 from cute_fmha.problem import Problem, Target
+from cute_fmha.tiling import ceil_div
 
 if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
-__all__ = ["NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles"]
+__all__ = [
+    "NAME", "call_arguments", "can_implement", "compile_arguments", "cycles", "plan_of",
+    "skip_tiles",
+]  # fmt: skip
 
 NAME = "prefill"
 
@@ -38,7 +42,14 @@ def plan_of(problem: Problem) -> Plan:
 
 
 def cycles(problem: Problem, target: Target) -> float:
-    return 64
+    """Modelled, of a launch: every work tile goes through all of its keys on one SM. Per 128 keys the
+    emulator's timelines give 1700 cycles and 5 to 7 for every column; see notes/measurements.md."""
+    rows = Plan.tile_m * (1 if problem.head_dim_v > 128 else 2)
+    pack = packed_heads(problem, rows)
+    work_tiles = ceil_div(problem.seqlen_q * pack, rows) * problem.heads_q // pack * problem.batch
+    tiles = ceil_div(problem.seqlen_k, 128)
+    waves: int = ceil_div(work_tiles, target.num_sms)
+    return waves * tiles * (1700 + (6 if problem.head_dim_v > 128 else 5) * problem.head_dim)
 
 
 def skip_tiles(plan: Plan) -> dict[str, Any]:

@@ -407,6 +407,9 @@ class FakeBackend:
     ran: int = 0
     misfit: str = ""
 
+    def declines(self, problem: Problem, target: Target) -> str | None:
+        return None
+
     def can_implement(self, problem: Problem, target: Target) -> str | None:
         return self.reason
 
@@ -466,10 +469,11 @@ def test_refused_tensors_go_to_the_next_backend(fakes, caplog):
         call(dense() | {"backend": "auto"})
 
 
-def test_auto_leaves_few_rows_to_split_kv(fakes):
+def test_auto_passes_by_what_a_backend_declines(fakes):
     fakes["blackwell"].reason = None
-    rows = {1: "triton", 64: "triton", 65: "blackwell"}
-    for seqlen_q, name in rows.items():
+    fakes["blackwell"].declines = lambda problem, _: "few" if problem.seqlen_q < 64 else None
+    names = {1: "triton", 63: "triton", 64: "blackwell"}
+    for seqlen_q, name in names.items():
         problem = replace(PROBLEM, seqlen_q=seqlen_q)
         assert dispatch.select(problem, HOPPER, "auto") is fakes[name]
         assert dispatch.select(problem, HOPPER, "blackwell") is fakes["blackwell"]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from cute_fmha import dispatch
 from cute_fmha.dispatch import select
 from cute_fmha.epilogues import EpilogueOp
+from cute_fmha.kernels.blackwell import launch
 from cute_fmha.kernels.triton import hopper_prefill
 from cute_fmha.kernels.triton import plan as planning
 from cute_fmha.kernels.triton.plan import (
@@ -288,9 +289,8 @@ def test_every_validated_problem_runs_on_a_gpu(problem, target):
     """Head dims, heads, lengths and page sizes are no constraint of the portable kernels."""
     assert can_implement(replace(problem, stats=True, sink=True, softcap=True), target) is None
     chosen = "cute_fmha.kernels.triton"
-    # Few query rows of ordinary heads are left to the kernels that split the keys.
-    few = problem.op == "attention" and problem.seqlen_q * problem.group <= dispatch.FEW_ROWS
-    if dispatch.can_implement(problem, target, "blackwell") is None and not few:
+    able = dispatch.can_implement(problem, target, "blackwell") is None
+    if able and launch.declines(problem, target) is None:
         chosen = "cute_fmha.kernels.blackwell.launch"
     assert select(problem, target, "auto").__name__ == chosen
 

@@ -162,8 +162,12 @@ def test_the_environment_names_a_policy(monkeypatch):
 
 
 def test_what_it_cannot_run_says_why():
-    case = dense_case(1, 30, 40, Heads(2, 1, 512, 512), source=Source(BF16))
-    pattern = r"backend='emulator' cannot run this attention: the prefill kernel .*512"
+    options = Options(blocks=(64, 64, 0.5))
+    case = dense_case(1, 30, 40, Heads(2, 1, 512, 512), options, Source(BF16))
+    pattern = (
+        r"backend='emulator' cannot run this attention: the prefill kernel .*512.*; "
+        "the decode kernel takes no block mask"
+    )
     with pytest.raises(NotImplementedError, match=pattern):
         case.run(backend="emulator")
 

@@ -27,6 +27,7 @@ _MODULES = {
 }
 _AUTO_ORDER = ("blackwell", "triton", "reference")
 
+
 @functools.cache
 def _module(backend: str) -> ModuleType | str:
     """The backend's module, or the reason why there is none."""

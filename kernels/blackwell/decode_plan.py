@@ -46,9 +46,7 @@ def make_decode_plan(
     while True:
         more = plan.v_stages == plan.k_stages
         try:
-            plan = replace(
-                plan, k_stages=plan.k_stages + more, v_stages=plan.v_stages + (not more)
-            )
+            plan = replace(plan, k_stages=plan.k_stages + more, v_stages=plan.v_stages + (not more))
         except ValueError:
             return plan
 
@@ -69,9 +67,9 @@ def work_tiles(problem: Problem, plan: SmallPlan) -> int:
 
 
 def cycles(problem: Problem, target: Target) -> float:
-    """Modelled, of a launch: shared memory binds a work tile's 128 keys, if device memory does not,
-    at 8.6 cycles for every column (D · 256 bytes each of K and V, written once and read once); below
-    64 columns and with more rows the softmax. Keys are split over all SMs, unless told otherwise."""
+    """Modelled, of a launch: where device memory does not, shared memory binds; in it 128 keys take
+    8.6 cycles for every column (K and V are written and read once); at 64 columns and 32 rows the
+    softmax takes 500. Keys are split over all SMs, unless told otherwise."""
     tiles = ceil_div(problem.seqlen_k, TILE_N)
     blocks = ceil_div(problem.seqlen_q * problem.group, MOST_ROWS)
     work = blocks * problem.heads_kv * problem.batch

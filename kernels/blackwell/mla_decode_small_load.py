@@ -1,5 +1,4 @@
-"""The warps of `mla_decode_small` and `decode` that bring latents, or keys and values, and queries.
-"""
+"""The warps of `mla_decode_small` and `decode` that bring latents, keys, values and queries."""
 
 from __future__ import annotations
 
@@ -33,8 +32,8 @@ ROW_BYTES = 128
 @cute.jit
 def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
     """What a lane looks up in the table for tile ``n``: where box ``lane`` lies, in coordinates
-    (PAGE_ROW, PAGE, END) of a `ragged` map, with KV heads (PAGE_ROW, HEAD, PAGE, END); gathered, the
-    pages of tokens ``lane``, ``lane`` + 32.
+    (PAGE_ROW, PAGE, END) of a `ragged` map, with KV heads (PAGE_ROW, HEAD, PAGE, END); gathered,
+    the pages of tokens ``lane``, ``lane`` + 32.
 
     Of boxes and tokens past the sequence nothing is fetched, and their entries are not read."""
     lane, first = cute.arch.lane_idx(), n * plan.tile_n
@@ -57,7 +56,9 @@ def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
             row = token
         rows = cutlass.max(cutlass.min(piece.length - token, plan.box), 0)
         row, end = corner(page_rows, row, rows)
-        result = [row, page, end] if cutlass.const_expr(plan.latent) else [row, piece.head, page, end]
+        result = [row, page, end]
+        if cutlass.const_expr(not plan.latent):
+            result = [row, piece.head, page, end]
     return result
 
 

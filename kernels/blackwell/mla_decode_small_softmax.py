@@ -1,9 +1,9 @@
 """The softmax warpgroup of `mla_decode_small`: scores lie transposed, tokens along TMEM lanes.
 
 A warp has 16 tokens of a tile in 16 lanes (of a tile of 128 tokens 32), and reads them as fragments
-of 16, so that all its threads have work: thread t holds tokens t / 4 and t / 4 + 8 of a fragment, and
-of every 8 rows (query position × head) rows 2 (t % 4) and the next. Everything about rows is kept once per thread that
-holds scores of them; row sums are added up over threads at the end only.
+of 16, so that all its threads have work: thread t holds tokens t / 4 and t / 4 + 8 of a fragment,
+and of every 8 rows (query position × head) rows 2 (t % 4) and the next. Everything about rows is
+kept once per thread that holds scores of them; row sums are added up over threads at the end only.
 
 Exponents are e = c·s − c·m. While every e of a tile stays below the rescale threshold, m is good
 enough: all that threads tell each other is one vote. Only when one is not, maxima of the tile are

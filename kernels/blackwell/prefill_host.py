@@ -42,8 +42,9 @@ def plan_of(problem: Problem) -> Plan:
 
 
 def cycles(problem: Problem, target: Target) -> float:
-    """Modelled, of a launch: every work tile goes through all of its keys on one SM. Per 128 keys the
-    emulator's timelines give 1700 cycles and 5 to 7 for every column; see notes/measurements.md."""
+    """Modelled, of a launch: every work tile goes through all of its keys on one SM. Per 128 keys
+    the emulator's timelines give 1700 cycles and 5 or 6 for a column; see notes/measurements.md.
+    """
     rows = Plan.tile_m * (1 if problem.head_dim_v > 128 else 2)
     pack = packed_heads(problem, rows)
     work_tiles = ceil_div(problem.seqlen_q * pack, rows) * problem.heads_q // pack * problem.batch

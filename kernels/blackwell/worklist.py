@@ -2,9 +2,9 @@
 
 A work tile is a block of rows (query position × head, position-major) of one sequence and, where
 there are several, one KV head, whose query heads these are; it needs the KV tiles that
-`tiling.kv_tile_ranges` says. Work tiles are ordered by sequence, KV head, block. A worker, one CTA or one cluster, computes *pieces* of
-work tiles: contiguous ranges of their KV tiles. All sizes come from the lengths in device memory,
-so a CUDA graph follows them. `Cut` says where work tiles are cut:
+`tiling.kv_tile_ranges` says. Work tiles are ordered by sequence, KV head, block. A worker, one CTA
+or one cluster, computes *pieces* of work tiles: contiguous ranges of their KV tiles. All sizes come
+from the lengths in device memory, so a CUDA graph follows them. `Cut` says where they are cut:
 
     WHOLE   nowhere; piece p is work tile p.
     FIXED   into ``num_splits`` equal parts by `tiling.split_tile_range`, fewer where there are
@@ -78,7 +78,7 @@ class Place(Carried):
 
 @dataclass(frozen=True)
 class Piece(Carried):
-    """KV tiles ``begin … end − 1`` of row block ``block`` of KV head ``head`` of sequence ``batch``,
+    """KV tiles ``begin … end − 1`` of row block ``block`` of a KV ``head`` of sequence ``batch``,
     which has ``length`` keys; those from ``full_begin`` to ``full_end − 1`` need no mask.
 
     ``tiles`` are the KV tiles of the whole work tile. A piece that does not exist has no KV tiles

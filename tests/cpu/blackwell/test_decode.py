@@ -265,7 +265,7 @@ def test_which_kernel():
     assert chosen(**wide) == "prefill"
     assert chosen(**wide, batch=1) == "decode"
     assert chosen(block_mask=(64, 64)) == "prefill"
-    assert chosen(seqlen_q=512, num_splits=4) == "decode"
+    assert chosen(seqlen_q=512, num_splits=4, batch=1) == "decode"
     assert chosen(seqlen_q=512, layout="paged", page_size=64) == "decode"
 
 

@@ -32,7 +32,6 @@ class Host(Protocol):
 
     def can_implement(self, problem: Problem, target: Target) -> str | None: ...
     def plan_of(self, problem: Problem) -> Any: ...
-    def cycles(self, problem: Problem, target: Target) -> float: ...
     def skip_tiles(self, plan: Any) -> dict[str, Any]: ...
     def compile_arguments(self, plan: Any) -> tuple[Any, tuple[Any, ...]]: ...
     def call_arguments(
@@ -70,9 +69,10 @@ def _host(problem: Problem, target: Target) -> Host | str:
     if not able:
         return "; ".join(dict.fromkeys(filter(None, reasons.values())))
     few = problem.seqlen_q * problem.group <= FEW_ROWS
-    if len(able) == 1 or not few:
-        return able[0]
-    return min(able, key=lambda host: host.cycles(problem, target))
+    if few and prefill_host in able and decode_host in able:
+        faster = decode_host.cycles(problem, target) < prefill_host.cycles(problem, target)
+        return decode_host if faster else prefill_host
+    return able[0]
 
 
 def declines(problem: Problem, target: Target) -> str | None:

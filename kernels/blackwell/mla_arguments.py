@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Float32, Int32
@@ -13,8 +13,8 @@ class Tensors(NamedTuple):
 
     mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD, D)
     mKV: cute.Tensor  # (PAGE, PAGE_ROW, 1, D); keys alone (PAGE, PAGE_ROW, HEAD_KV, D)
-    mTable: cute.Tensor | None  # (BATCH, MAX_PAGES); None: page b is sequence b
-    mLens: cute.Tensor | None  # (BATCH,); None: all keys of a sequence are in use
+    mTable: Any  # (BATCH, MAX_PAGES); None: page b is sequence b
+    mLens: Any  # (BATCH,); None: all keys of a sequence are in use
     mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD, DV)
     mLSE: cute.Tensor | None  # (BATCH, HEAD, SEQ_Q)
     mMaxLogits: cute.Tensor | None  # (BATCH, HEAD, SEQ_Q)

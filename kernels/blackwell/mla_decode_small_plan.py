@@ -170,7 +170,7 @@ class SmallPlan:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role. Eight warps may have all the registers they like."""
-        rest = (Role("query", (6, 7), 255),)
+        rest: tuple[Role, ...] = (Role("query", (6, 7), 255),)
         if not self.latent:
             rest = (Role("query", (6,), 255), Role("load_values", (7,), 255))
         return (

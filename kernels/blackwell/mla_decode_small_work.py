@@ -34,8 +34,8 @@ class Global(NamedTuple):
     # Where keys and values are tensors of their own, these are the keys, and have KV heads:
     # (PAGE_ROW, D, HEAD_KV, PAGE, END)
     mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, D)
-    mTable: cute.Tensor | None  # (BATCH, MAX_PAGES); without it page b is sequence b
-    mLens: cute.Tensor | None  # (BATCH,); without it pages are full
+    mTable: Any  # (BATCH, MAX_PAGES); without it page b is sequence b
+    mLens: Any  # (BATCH,); without it pages are full
     mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, DV)
     mLSE: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)
     mMaxLogits: cute.Tensor  # (BATCH, HEAD_Q, SEQ_Q)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from cute_fmha.kernels.blackwell.epilogue import (
 )
 from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan
 from cute_fmha.kernels.blackwell.mla_plan import MlaPlans, can_implement, plan_of
+from cute_fmha.kernels.blackwell.scores import multipliers
 from cute_fmha.problem import Problem, Target
 from cute_fmha.tiling import ceil_div
 from cute_fmha.workspace import COUNTER_BYTES, workspace_of
@@ -30,8 +30,6 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "mla_decode"
-
-LOG2_E = math.log2(math.e)
 
 
 def skip_tiles(plan: MlaPlans) -> dict[str, Any]:
@@ -101,11 +99,9 @@ def workspace_bytes(problem: Problem, target: Target) -> int:
 
 def scalars_of(call: Call) -> tuple[float | int, ...]:
     """The call's `mla_arguments.Scalars`."""
-    problem, scale, cap_inner = call.problem, call.scale, 0.0
-    if problem.softcap:
-        scale, cap_inner = call.softcap, scale / call.softcap
+    problem = call.problem
     window = (problem.window_left, problem.window_right)
-    return (scale * LOG2_E, cap_inner, *window, call.skip_value, problem.num_splits)
+    return (*multipliers(call), *window, call.skip_value, problem.num_splits)
 
 
 def split_tensors(call: Call, needed: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:

@@ -74,7 +74,7 @@ def skips(case: AttentionCase, policy: Policy, num_splits: int | None, rows: int
     result = emulated(case, policy, sms, num_splits=num_splits, skip=LAMBDA, stats=stats)
     expected = case.oracle(tiles, LAMBDA)
     assert expected.margin > 1.0, f"a decision is within {expected.margin} of λ"
-    check(case, *result, tiles, LAMBDA)
+    check(case, result[0], result[1], tiles, LAMBDA)
     assert stats.read() == (expected.skipped, expected.total)
     return stats.read()
 
@@ -256,7 +256,7 @@ def test_which_kernel():
     faster where nothing has to be split; and what prefill has no plan for."""
     for width in (64, 128, 256, 512):
         for heads_q, heads_kv in ((8, 1), (32, 8), (64, 8)):
-            sizes = {"heads_q": heads_q, "heads_kv": heads_kv, "head_dim": width}
+            sizes: dict[str, Any] = {"heads_q": heads_q, "heads_kv": heads_kv, "head_dim": width}
             for batch, seqlen_q in itertools.product((1, 128), (1, 4)):
                 both = {"head_dim_v": width, "batch": batch, "seqlen_q": seqlen_q}
                 assert chosen(**sizes, **both) == "decode"
@@ -303,7 +303,12 @@ def test_plans():
     stages = {}
     for width in (64, 128, 256, 512):
         for group, skip in ((16, False), (32, True)):
-            sizes = {"head_dim": width, "head_dim_v": width, "heads_kv": 1, "heads_q": group}
+            sizes: dict[str, Any] = {
+                "head_dim": width,
+                "head_dim_v": width,
+                "heads_kv": 1,
+                "heads_q": group,
+            }
             plan = plan_of(replace(PROBLEM, skip=skip, **sizes))
             assert plan.shared_bytes <= 227 << 10 < plan.shared_bytes + plan.part_bytes
             assert plan.depth == (4 if skip else 2)
@@ -329,7 +334,14 @@ def machine_code_of(problem: Problem) -> None:
         assert code.count(instruction) > 0, instruction
 
 
-ALL = {"window_left": 100, "sink": True, "softcap": True, "skip": True, "stats": True, "lse": True}
+ALL: dict[str, Any] = {
+    "window_left": 100,
+    "sink": True,
+    "softcap": True,
+    "skip": True,
+    "stats": True,
+    "lse": True,
+}
 
 
 def test_machine_code():
@@ -380,5 +392,6 @@ def test_every_op(name, width, splits):
 @pytest.mark.parametrize("present", [{}, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("heads_q", [16, 32])
 def test_machine_code_of_every_width(width, present, heads_q):
-    sizes = {"head_dim": width, "head_dim_v": width, "heads_q": heads_q, "heads_kv": 1}
+    sizes: dict[str, Any] = {"head_dim": width, "head_dim_v": width, "heads_q": heads_q}
+    sizes["heads_kv"] = 1
     machine_code_of(replace(PROBLEM, **sizes, **present))

@@ -197,14 +197,20 @@ class MlaDecode:
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
 
         work = functools.partial(Work, plan, mem, scalars, shared.sFound)
-        if warp < plan.role("softmax").warps[-1] + 1:
-            cute.arch.setmaxregister_increase(plan.role("softmax").registers)
-            softmax(plan, work(), mem, shared, scalars, tmem, barriers.of("softmax"))
-        elif warp < plan.role("epilogue").warps[-1] + 1:
-            cute.arch.setmaxregister_decrease(plan.role("epilogue").registers)
-            epilogue(plan, work(), self.store, mem, shared, scalars, tmem, barriers.of("epilogue"))
+        if warp < COMBINE_WARPS:
+            if warp < plan.role("softmax").warps[-1] + 1:
+                self.take_registers("softmax")
+                softmax(plan, work(), mem, shared, scalars, tmem, barriers.of("softmax"))
+            else:
+                self.take_registers("epilogue")
+                epilogue(
+                    plan, work(), self.store, mem, shared, scalars, tmem, barriers.of("epilogue")
+                )
+            # In here: behind the other roles the compiler would have it do with their registers.
+            if cutlass.const_expr(plan.cut is not Cut.WHOLE):
+                combine(work(), self.store, warp, COMBINE_WARPS, COMBINE)
         elif warp < plan.role("idle").warps[-1] + 1:
-            cute.arch.setmaxregister_decrease(plan.role("mma").registers)
+            self.take_registers("mma")
             if warp == mma_warp:
                 mma(plan, work(), shared, tmem, barriers.of("mma"))
             elif warp == load_warp:
@@ -212,17 +218,22 @@ class MlaDecode:
             elif warp == store_warp:
                 write(plan, work(), self.store, mem, shared, barriers.of("store"))
         elif cutlass.const_expr(plan.pair):
-            cute.arch.setmaxregister_increase(plan.role("swap").registers)
+            self.take_registers("swap")
             if warp < plan.role("swap").warps[-1] + 1:
                 swap(plan, work(), shared, barriers.of("swap"))
-        if cutlass.const_expr(plan.cut is not Cut.WHOLE):  # noqa: SIM102  (compile and run time)
-            if warp < COMBINE_WARPS:
-                combine(work(), self.store, warp, COMBINE_WARPS, COMBINE)
         self.meet()
         if warp == mma_warp:
             # Read again: all roles would have to keep the address until here.
             tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
             cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)
+
+    def take_registers(self, role: str) -> None:
+        """Have as many as ``role`` is to have, from those that all threads start with."""
+        registers = self.plan.role(role).registers
+        if registers > self.plan.first_registers:
+            cute.arch.setmaxregister_increase(registers)
+        else:
+            cute.arch.setmaxregister_decrease(registers)
 
     def meet(self) -> None:
         """Wait for all threads of the cluster."""

@@ -32,7 +32,7 @@ def epilogue(
     """Reads: O, sTotal, sRowMax, sLargest. Writes: the chunk buffers, LSE, largest logits; of a
     part of a work tile its partial result.
     Waits: stats_full, o_full, chunk_empty. Signals: stats_empty, o_empty, chunk_full.
-    Registers: 152, in a pair 104."""
+    Registers: 152, in a pair 160."""
     thread = cute.arch.thread_idx()[0] % 128
     tO = lane_address(tmem, thread) + plan.tmem["O"].start
     phase = Int32(0)

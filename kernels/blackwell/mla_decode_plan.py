@@ -108,8 +108,7 @@ class MlaPlan:
     @property
     def slots(self) -> Slots:
         """Partial results: a thread that writes them has a row."""
-        few = 2 if self.pair else 4
-        return Slots(ROWS, self.head_dim_v, row_minor=True, ranks=self.ctas, at_a_time=few)
+        return Slots(ROWS, self.head_dim_v, row_minor=True, ranks=self.ctas)
 
     @property
     def s_columns(self) -> int:
@@ -196,8 +195,8 @@ class MlaPlan:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role."""
-        counts = (192, 104, 72) if self.pair else (232, 152, 120)
-        swap = (Role("swap", (12, 13), 144), Role("aside", (14, 15), 144)) if self.pair else ()
+        counts = (192, 160, 72) if self.pair else (232, 152, 120)
+        swap = (Role("swap", (12, 13), 88), Role("aside", (14, 15), 88)) if self.pair else ()
         return (
             Role("softmax", (0, 1, 2, 3), counts[0]),
             Role("epilogue", (4, 5, 6, 7), counts[1]),
@@ -214,6 +213,11 @@ class MlaPlan:
     @property
     def threads(self) -> int:
         return 32 * sum(len(role.warps) for role in self.roles)
+
+    @property
+    def first_registers(self) -> int:
+        """Registers that a thread starts with: as many as all can have, a multiple of 8."""
+        return REGISTERS // self.threads // 8 * 8
 
     # ------------------------------------------------------------------ memory
 
@@ -268,7 +272,8 @@ def topology(plan: MlaPlan) -> Topology:
                                       <─ o_empty ─────────────────────────────────
     epilogue ── chunk_full ──> store,   epilogue <── chunk_empty ── store
 
-    and in a pair: mma ── s_full ──> swap ── swapped ──> mma,   swap ── given ──> the other's swap,
+    and in a pair: mma ── s_full ──> swap ── swapped ──> mma,   swap ── given ──> the other's swap
+    ── moved ──> swap,
     with skips: softmax ── voted ──> softmax, swap and mma of both.
     """
     more = []
@@ -279,10 +284,12 @@ def topology(plan: MlaPlan) -> Topology:
         ]
     if plan.pair:
         more += [
-            # The other CTA has read what it gives away: one may write there. By turns, like all
-            # that a warp may signal for a tile when another has not yet done so for the last.
-            Barrier("given", 2, (("swap", "warp"),), "other"),
-            # V is where P V expects it, or the tile is skipped.
+            # The other CTA has half of what it gives away in registers: one may copy there.
+            Barrier("given", 1, (("swap", "warp"),), "other"),
+            # The copy has arrived, so that the other CTA's half of it may be overwritten.
+            Barrier("moved", 1, (("swap", "bytes"),)),
+            # V is where P V expects it, or the tile is skipped. By turns, like all that a warp may
+            # signal for a tile when another has not yet done so for the last.
             Barrier("swapped", 2, (("swap", "warp"),), "first"),
         ]
         if plan.features.skip:

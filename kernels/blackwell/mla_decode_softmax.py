@@ -60,11 +60,13 @@ class RowState(Carried):
 
 @dataclass(frozen=True)
 class Progress(Carried):
-    """The place of the next P, tiles seen and skipped, and whether this work tile has kept one."""
+    """The turn of the next S and its parity, the place of the next P, tiles skipped, and whether
+    this work tile has kept one."""
 
+    turn: Int32
+    phase: Int32
     p_index: Int32
     p_phase: Int32
-    seen: Int32
     skipped: Int32
     kept: Int32
 
@@ -89,8 +91,8 @@ def softmax(
     Waits: s_full, pv_done, stats_empty. Signals: q_full, s_empty, p_ready, stats_full.
     Registers: 232."""
     thread = cute.arch.thread_idx()[0] % 128
-    progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
-    stats_phase = Int32(0)
+    progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
+    stats_phase, seen = Int32(0), Int32(0)
     place = work.pieces.start
     while work.pieces.more(place):
         piece = work.pieces.piece(place)
@@ -104,6 +106,7 @@ def softmax(
             running = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
             state = RowState(Float32(EMPTY), Float32(0.0), running)
             state, progress = row(group, piece, position, state, progress)
+            seen += piece.end - piece.begin
             barriers.wait("stats_empty", stats_phase ^ 1)
             stats_phase = stats_phase ^ 1
             shared.sTotal[thread] = state.total
@@ -118,7 +121,7 @@ def softmax(
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
         if thread == 0 and work.rank == 0:
             cute.arch.atomic_add(mem.mStats.iterator, Int64(progress.skipped))
-            cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(progress.seen))
+            cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(seen))
 
 
 @cute.jit
@@ -183,8 +186,8 @@ def step(
     plan = work.plan
     columns = plan.s_columns
     tS = lane_address(tmem, thread) + plan.tmem["S"].start
-    turn = progress.seen & 1
-    barriers.wait_tmem("s_full", progress.seen >> 1 & 1, turn)
+    turn = progress.turn
+    barriers.wait_tmem("s_full", progress.phase, turn)
     scores = []
     for c in cutlass.range_constexpr(0, columns, 32):
         scores += ptx.tcgen05_load(tS + c, 32)
@@ -206,8 +209,8 @@ def step(
     else:
         ptx.barrier_sync(PAIR + thread // 32 % 2, 64)
     if keep:
-        tile_max = cute.arch.fmax(own, shared.sMax[thread ^ ROWS, turn])
-        state = probabilities(group, scores, tile_max, state, progress)
+        other = shared.sMax[thread ^ ROWS, turn]
+        state = probabilities(group, scores, (own, other), state, progress)
         wraps = progress.p_index == plan.p_stages - 1
         progress = replace(
             progress,
@@ -217,7 +220,7 @@ def step(
         )
     else:
         progress = replace(progress, skipped=progress.skipped + 1)
-    progress = replace(progress, seen=progress.seen + 1)
+    progress = replace(progress, turn=turn ^ 1, phase=progress.phase ^ turn)
     barriers.arrive_tmem("p_ready", turn)
     return state, progress
 
@@ -226,7 +229,7 @@ def step(
 def decide(group: Group, vote: Boolean, progress):
     """Whether the tile is kept, by the votes of all rows; of a pair, those of both CTAs."""
     work, shared, _, _, barriers, thread = group
-    turn = progress.seen & 1
+    turn = progress.turn
     keep = vote
     if cutlass.const_expr(work.plan.pair):
         if thread < 32:
@@ -236,7 +239,7 @@ def decide(group: Group, vote: Boolean, progress):
                     ptx.store_cluster(ptx.map_shared(own, rank), [Int32(vote)])
             cute.arch.sync_warp()
             barriers.arrive_leader("voted", turn)
-        barriers.wait("voted", progress.seen >> 1 & 1, turn)
+        barriers.wait("voted", progress.phase, turn)
         keep = shared.keeps(turn)
     elif thread == 0:
         shared.sKeep[turn, 0] = Int32(vote)
@@ -244,18 +247,19 @@ def decide(group: Group, vote: Boolean, progress):
 
 
 @cute.jit
-def probabilities(group: Group, scores, tile_max: Float32, state, progress):
+def probabilities(group: Group, scores, halves: tuple[Float32, Float32], state, progress):
     """P of a kept tile to shared memory, O rescaled before it where a maximum of the warp moved:
-    the next state."""
+    the next state. ``halves``: the maxima of the row's."""
     work, shared, scalars, tmem, barriers, thread = group
     plan = work.plan
-    running = cute.arch.fmax(state.running, tile_max)
-    tile_max = cute.arch.fmax(state.maximum, tile_max)
-    maximum, fade = new_maximum(state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold)
-    p = exponentials(scores, scalars.scale_log2, -maximum * scalars.scale_log2)
+    running = ptx.max3(state.running, *halves)
+    highest = ptx.max3(state.maximum, *halves)
+    maximum, fade = new_maximum(state.maximum, highest, scalars.scale_log2, plan.rescale_threshold)
+    p = exponentials(scores, scalars.scale_log2, maximum * -scalars.scale_log2)
     total = row_sum(p, state.total * fade)
     words = packed(p, DTYPES[plan.dtype])
-    if cute.arch.vote_any_sync(fade < 1.0) and progress.kept != 0:
+    moved = cute.arch.vote_any_sync(fade < 1.0)
+    if moved and progress.kept != 0:
         # P V of the last kept tile, in the buffer before this one, is complete.
         before = plan.p_stages - 1 if progress.p_index == 0 else progress.p_index - 1
         barriers.wait_tmem("pv_done", progress.p_phase ^ Int32(progress.p_index == 0), before)

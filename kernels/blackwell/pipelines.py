@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import nvvm
@@ -176,12 +177,14 @@ class Cursor:
     def next(self) -> Cursor:
         if self.stages == 1:
             return Cursor(1, self.index, self.phase ^ 1)
+        if self.stages == 2:
+            return Cursor(2, self.index ^ 1, self.phase ^ self.index)
         following = self.index + 1
         wraps = following == self.stages
         if self.stages & (self.stages - 1) == 0:
             index = following & (self.stages - 1)
         else:
-            index = following - self.stages * Int32(wraps)
+            index = cutlass.select_(wraps, Int32(0), following)
         return Cursor(self.stages, index, self.phase ^ Int32(wraps))
 
     def __extract_mlir_values__(self) -> list[Any]:

@@ -414,10 +414,16 @@ def _mma(
     ]  # fmt: skip
     if first_enable == "p":
         lines.append(f"setp.ne.b32 p, {'$6' if a_shared else '$5'}, 0;")
+
+    def descriptor(name: str, low: str, high: str, step: int) -> list[str]:
+        if step == 0:
+            return [f"mov.b64 d{name}, {{{low}, {high}}};"]
+        return [f"add.s32 l{name}, {low}, {step};", f"mov.b64 d{name}, {{l{name}, {high}}};"]
+
     for index, (step_a, step_b) in enumerate(steps):
-        lines += [f"add.s32 lb, $2, {step_b};", "mov.b64 db, {lb, $3};"]
+        lines += descriptor("b", "$2", "$3", step_b)
         if a_shared:
-            lines += [f"add.s32 la, $4, {step_a};", "mov.b64 da, {la, $5};"]
+            lines += descriptor("a", "$4", "$5", step_a)
         a = "da" if a_shared else f"[$4 + {step_a}]"
         enable = "1" if index else first_enable
         lines.append(f"@e tcgen05.mma.{form}.kind::f16 [$0], {a}, db, $1, {enable};")
@@ -462,9 +468,12 @@ def tcgen05_mma(
     where ``accumulate`` holds."""
     shared = isinstance(a, tuple)
     words = a if isinstance(a, tuple) else (Int32(a),)
-    values = (Int32(accumulator), Int32(descriptor), *b, *words, Int32(accumulate))
+    values: tuple[Any, ...] = (Int32(accumulator), Int32(descriptor), *b, *words)
+    enable = str(int(accumulate)) if isinstance(accumulate, bool) else "p"
+    if enable == "p":
+        values = (*values, Int32(accumulate))
     _asm(
-        _mma(steps, shared, "p", form), [], [value.ir_value(loc=loc, ip=ip) for value in values],
+        _mma(steps, shared, enable, form), [], [value.ir_value(loc=loc, ip=ip) for value in values],
         ",".join(["r"] * len(values)), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
@@ -506,6 +515,20 @@ def store_cluster(address: Int32, values: list[Any], offset: int = 0, *, loc=Non
         f"st.shared::cluster{vector}.b32 [$0 + {offset}], {_names(1, count)};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] * (count + 1)), effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def copy_cluster(
+    target: Int32, source: Int32, size: int, barrier: Int32, *, loc=None, ip=None
+) -> None:
+    """cp.async.bulk by one thread: ``size`` bytes, a multiple of 16, of this CTA's shared memory to
+    the cluster's, where they count at a ``barrier`` of the CTA that gets them."""
+    values = [Int32(value).ir_value(loc=loc, ip=ip) for value in (target, source, barrier)]
+    _asm(
+        "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
+        f"[$0], [$1], {size}, [$2];",
+        [], values, "r,r,r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 

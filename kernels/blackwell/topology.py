@@ -59,7 +59,7 @@ class Topology:
             for role, how in barrier.signals:
                 if role not in roles:
                     raise ValueError(f"barrier {barrier.name}: no role {role}")
-                if how in ("commit", "bytes") and len(roles[role].warps) != 1:
+                if how == "commit" and len(roles[role].warps) != 1:
                     raise ValueError(
                         f"barrier {barrier.name}: {role} has {len(roles[role].warps)} warps, "
                         f"{how!r} is for one"

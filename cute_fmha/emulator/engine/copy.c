@@ -321,7 +321,7 @@ static bool run_bulk_in(Machine *m, AsyncOp *op) {
         else record_bulk(op, SPACE_SHARED, cta, b->offset, b->bytes, true);
         apply(kind, cta->shared + b->offset, from, b->bytes);
     }
-    m->counters.tma_load_bytes += b->bytes;
+    if (kind->way == GLOBAL_TO_SHARED) m->counters.tma_load_bytes += b->bytes;
     m->counters.tma_multicast_bytes += (uint64_t)b->bytes * (b->n - 1);
     for (uint32_t i = 0; i < b->n && !m->fatal; i++)
         if (!deliver_bytes(m, op, kind->multicast ? b->target[i] : b->bar_cta, b->bar, b->bytes)) return true;

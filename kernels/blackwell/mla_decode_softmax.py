@@ -80,6 +80,7 @@ class Group(NamedTuple):
     tmem: Any
     barriers: Barriers
     thread: Int32
+    sOther: Any  # (2,): of sMax, where the row's other half lies, by turns
 
 
 @cute.jit
@@ -93,6 +94,10 @@ def softmax(
     thread = cute.arch.thread_idx()[0] % 128
     progress = Progress(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
     stats_phase, seen = Int32(0), Int32(0)
+    # An address of its own, which would otherwise be made anew for every tile.
+    other = ptx.opaque(shared.sMax[thread ^ ROWS, None].iterator.toint())
+    other = cute.make_ptr(Float32, other, cute.AddressSpace.smem, assumed_align=4)
+    sOther = cute.make_tensor(other, cute.make_layout(2, stride=2 * ROWS))
     place = work.pieces.start
     while work.pieces.more(place):
         piece = work.pieces.piece(place)
@@ -101,7 +106,7 @@ def softmax(
             values = scalars
             if cutlass.const_expr(plan.features.skip):
                 values = scalars._replace(skip=threshold(plan, mem, scalars, piece))
-            group = Group(work, shared, values, tmem, barriers, thread)
+            group = Group(work, shared, values, tmem, barriers, thread, sOther)
             fetch_query(group, mem.mQ[piece.batch, position, head, None], exists)
             running = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
             state = RowState(Float32(EMPTY), Float32(0.0), running)
@@ -138,7 +143,7 @@ def threshold(plan: MlaPlan, mem: Global, scalars: Scalars, piece: Piece):
 def fetch_query(group: Group, gQ: cute.Tensor, exists: Boolean) -> None:
     """The thread's row of Q, zero where it does not exist: to both halves of the lanes in TMEM, and
     what has no place there to shared memory. Signals: q_full."""
-    work, shared, _, tmem, barriers, thread = group
+    work, shared, _, tmem, barriers, thread, _ = group
     plan = work.plan
     start = gQ.iterator.toint()
     tQ = lane_address(tmem, thread) + plan.tmem["Q"].start
@@ -182,7 +187,7 @@ def step(
     masked: cutlass.Constexpr,
 ):  # fmt: skip
     """One KV tile of half a row: (state, progress)."""
-    work, shared, scalars, tmem, barriers, thread = group
+    work, shared, scalars, tmem, barriers, thread, sOther = group
     plan = work.plan
     columns = plan.s_columns
     tS = lane_address(tmem, thread) + plan.tmem["S"].start
@@ -209,8 +214,7 @@ def step(
     else:
         ptx.barrier_sync(PAIR + thread // 32 % 2, 64)
     if keep:
-        other = shared.sMax[thread ^ ROWS, turn]
-        state = probabilities(group, scores, (own, other), state, progress)
+        state = probabilities(group, scores, (own, sOther[turn]), state, progress)
         wraps = progress.p_index == plan.p_stages - 1
         progress = replace(
             progress,
@@ -228,7 +232,7 @@ def step(
 @cute.jit
 def decide(group: Group, vote: Boolean, progress):
     """Whether the tile is kept, by the votes of all rows; of a pair, those of both CTAs."""
-    work, shared, _, _, barriers, thread = group
+    work, shared, _, _, barriers, thread, _ = group
     turn = progress.turn
     keep = vote
     if cutlass.const_expr(work.plan.pair):
@@ -250,7 +254,7 @@ def decide(group: Group, vote: Boolean, progress):
 def probabilities(group: Group, scores, halves: tuple[Float32, Float32], state, progress):
     """P of a kept tile to shared memory, O rescaled before it where a maximum of the warp moved:
     the next state. ``halves``: the maxima of the row's."""
-    work, shared, scalars, tmem, barriers, thread = group
+    work, shared, scalars, tmem, barriers, thread, _ = group
     plan = work.plan
     running = ptx.max3(state.running, *halves)
     highest = ptx.max3(state.maximum, *halves)

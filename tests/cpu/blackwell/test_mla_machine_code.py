@@ -16,7 +16,7 @@ from cute_fmha.kernels.blackwell import launch, mla_host, prefill_host
 from cute_fmha.kernels.blackwell import mla_decode_small_plan as small
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.epilogue import Op
-from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan
+from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan, make_plan
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.kernels.blackwell.plan import make_plan as prefill_plan
 
@@ -121,3 +121,38 @@ def test_no_variant_has_a_stack(plan, arch):
     assert (code.stack, code.local, code.spills) == (0, 0, 0), plan
     products = small.PART_BLOCKS * 4 + plan.rope_blocks * 4 + 2 * plan.tile_n // 16
     assert code.count("UTCHMMA") == products
+
+
+EVERYTHING = Features(
+    window_left=True, window_right=True, sink=True, softcap=True, skip=True, skip_tensor=True,
+    skip_relative=True, count=True, max_logits=True,
+)  # fmt: skip
+
+
+def sample_of_many_rows(seed: int, count: int) -> list[tuple[MlaPlan, str]]:
+    """Likewise, with all features or none: crowded are the epilogue warps and the combine."""
+    draw = random.Random(seed)
+    variants = []
+    for _ in range(count):
+        (op, out_dtype), dtype = draw.choice(OPS), draw.choice([BF16, FP16])
+        plan = make_plan(
+            576, dtype, out_dtype or dtype, draw.choice([Features(lse=False), EVERYTHING]), 64,
+            draw.choice([64, 128, 128]), draw.choice(list(Cut)), op,
+        )  # fmt: skip
+        variants.append((plan, draw.choice(["sm_100a"] * 4 + ["sm_103a"])))
+    return variants
+
+
+CROWDED = (make_plan(576, BF16, torch.uint8, EVERYTHING, 64, 128, Cut.FIXED, NVFP4), "sm_100a")
+
+
+@pytest.mark.parametrize(
+    ("plan", "arch"),
+    [CROWDED, *(pytest.param(*v, marks=pytest.mark.sweep) for v in sample_of_many_rows(1, 20))],
+    ids=range(21),
+)
+def test_no_variant_of_many_rows_has_a_stack(plan, arch):
+    """36 K steps of Q Kᵀ, and two halves of O over the keys."""
+    code = read(mla_host, plan, arch)
+    assert (code.stack, code.local, code.spills) == (0, 0, 0), plan
+    assert code.count("UTCHMMA") == 36 + 2 * plan.tile_n // 16

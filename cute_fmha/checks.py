@@ -11,6 +11,10 @@ from cute_fmha.problem import HEAD_DIMS
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_SPLITS = 256
 
+ENDLESS = 1 << 30
+"""A window side that reaches as far is unbounded: no sequence is that long, and kernels compute
+with sides in 32 bits."""
+
 
 def require(condition: bool, argument: str, got: object, allowed: object, *values: object) -> None:
     """Refuse with what was ``got`` and what is ``allowed``, a template for ``values`` if any.
@@ -92,7 +96,7 @@ def resolve_window(window: tuple[int, int] | None, causal: bool) -> tuple[int, i
         pair = isinstance(window, (tuple, list)) and len(window) == 2
         valid = pair and all(isinstance(w, int) and w >= -1 for w in window)
         require(valid, "window", window, "None or (left, right), integers >= -1 (-1: unbounded)")
-        left, right = window
+        left, right = (side if side < ENDLESS else -1 for side in window)
     return left, (0 if causal else right)
 
 

@@ -377,6 +377,20 @@ def test_causal_overrides_the_right_window():
     assert not torch.equal(plain, cute_fmha.attention(**arguments, window=(3, 5)))
 
 
+@pytest.mark.parametrize("side", [1 << 30, (1 << 31) - 1, 1 << 40])
+def test_windows_that_no_sequence_reaches(side, monkeypatch):
+    """In the 32 bits of a kernel a position plus such a side would be negative: nothing is seen."""
+    problems = []
+    monkeypatch.setattr(dispatch, "run", lambda call, backend: problems.append(call.problem))
+    for window in ((side, 3), (3, side), (side, side)):
+        call(dense() | {"window": window})
+        call(latent() | {"window": window, "causal": False})
+    sides = [(problem.window_left, problem.window_right) for problem in problems]
+    assert sides == [(-1, 3)] * 2 + [(3, -1)] * 2 + [(-1, -1)] * 2
+    call(dense() | {"window": (side, side), "causal": True})
+    assert (problems[-1].window_left, problems[-1].window_right) == (-1, 0)
+
+
 def test_workspace():
     workspace = cute_fmha.make_workspace("cpu", 64)
     assert (workspace.dtype, workspace.shape, int(workspace.sum())) == (torch.uint8, (64,), 0)

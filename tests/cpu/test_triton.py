@@ -26,6 +26,7 @@ from strides import empty_results, gaps_untouched, spread_case
 from triton.runtime import interpreter
 
 from cute_fmha import BlockMask, SkipSoftmax, SkipStats, attention, make_workspace, mla_decode
+from cute_fmha.checks import ENDLESS
 from cute_fmha.epilogues import Identity
 from cute_fmha.kernels.triton import decode, prefill
 from cute_fmha.kernels.triton.plan import COUNTER_BYTES, interpreting
@@ -399,6 +400,14 @@ def test_exact_skipping_changes_no_bit(seqlen_q, window, monkeypatch):
     assert few.read()[1] < many.read()[1]
     assert torch.equal(exact[0], masked[0])
     assert torch.equal(exact[1], masked[1])
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+def test_the_widest_window(seqlen_q):
+    """Beyond it the call makes a side unbounded: positions and sides are added in 32 bits."""
+    side = ENDLESS - 1
+    case = dense_case(1, seqlen_q, 200, GQA, Options(window=(side, side)), FP16)
+    verify(case)
 
 
 @pytest.mark.parametrize(("seqlen_q", "num_splits"), [(40, None), (2, 1), (2, 3)])

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
 __all__ = [
-    "NAME", "call_arguments", "can_implement", "compile_arguments", "cycles", "plan_of",
+    "NAME", "OP", "call_arguments", "can_implement", "compile_arguments", "cycles", "plan_of",
     "skip_tiles", "workspace_bytes",
 ]  # fmt: skip
 
 NAME = "decode"
+OP = "attention"
 
 
 def skip_tiles(plan: SmallPlan) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Host(Protocol):
     """What a kernel's host side has; see `prefill_host`."""
 
     NAME: str
+    OP: str
 
     def can_implement(self, problem: Problem, target: Target) -> str | None: ...
     def plan_of(self, problem: Problem) -> Any: ...
@@ -64,8 +65,9 @@ class Prepared:
 def _host(problem: Problem, target: Target) -> Host | str:
     """The kernel that runs ``problem``, or why none can: the first that can, for few rows the
     modelled fastest."""
-    reasons = {host.NAME: host.can_implement(problem, target) for host in KERNELS}
-    able = [host for host in KERNELS if reasons[host.NAME] is None]
+    hosts = [host for host in KERNELS if problem.op == host.OP]
+    reasons = {host.NAME: host.can_implement(problem, target) for host in hosts}
+    able = [host for host in hosts if reasons[host.NAME] is None]
     if not able:
         return "; ".join(dict.fromkeys(filter(None, reasons.values())))
     few = problem.seqlen_q * problem.group <= FEW_ROWS

@@ -25,11 +25,12 @@ if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
 __all__ = [
-    "NAME", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles",
+    "NAME", "OP", "call_arguments", "can_implement", "compile_arguments", "plan_of", "skip_tiles",
     "workspace_bytes",
 ]  # fmt: skip
 
 NAME = "mla_decode"
+OP = "mla_decode"
 
 
 def skip_tiles(plan: MlaPlans) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """The prefill kernel as the host sees it: its plan, its placeholders, a call's arguments.
 
-`launch.py` asks every kernel for these: `NAME` and `can_implement`; `plan_of` a problem and its
-`skip_tiles`; `compile_arguments`, the kernel object and placeholders for its ``__call__``, the last
-of which is the stream; `call_arguments`, which turns a `Call` into what the compiled ``__call__``
-takes. Only `compile_arguments` needs CuTe DSL. What a call does not have is None in both.
+`launch.py` asks every kernel for these: `NAME`, the `OP` it is for and `can_implement`; `plan_of` a
+problem and its `skip_tiles`; `compile_arguments`, the kernel object and placeholders for its
+``__call__``, the last of which is the stream; `call_arguments`, which turns a `Call` into what the
+compiled ``__call__`` takes. Only `compile_arguments` needs CuTe DSL. What a call does not have is
+None in both.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
     from cute_fmha.ops import Call
 
 __all__ = [
-    "NAME", "call_arguments", "can_implement", "compile_arguments", "cycles", "plan_of",
+    "NAME", "OP", "call_arguments", "can_implement", "compile_arguments", "cycles", "plan_of",
     "skip_tiles",
 ]  # fmt: skip
 
 NAME = "prefill"
+OP = "attention"
 
 
 def plan_of(problem: Problem) -> Plan:

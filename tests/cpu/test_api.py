@@ -409,8 +409,9 @@ HOPPER = Target("cuda", 90, 132)
 def test_a_backend_that_cannot_says_why():
     for base, name in ((dense, "attention"), (latent, "mla_decode")):
         pattern = f"backend='blackwell' cannot run this {name}: .* need compute capability 10.0"
-        with pytest.raises(NotImplementedError, match=pattern):
+        with pytest.raises(NotImplementedError, match=pattern) as raised:
             call(base() | {"backend": "blackwell"})
+        assert ("MLA" in str(raised.value)) <= (name == "mla_decode"), "kernels of another op"
 
 
 @dataclass

@@ -69,7 +69,7 @@ def test_architectures_are_what_the_cubins_are_for():
     ("arguments", "message"),
     [
         (["--problem", "d128,x3"], "'x3' in 'd128,x3' is not a word"),
-        (["--problem", "d512"], "the prefill kernel has"),
+        (["--problem", "d80"], "the prefill kernel has"),
     ],
 )
 def test_compile_refuses(arguments, message, capsys):
@@ -189,7 +189,7 @@ def test_emulate_fails_on_wrong_numbers(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--problem", "d512"], "the prefill kernel has"),
+        (["--problem", "d80"], "the prefill kernel has"),
         (["--problem", "d128,x"], "is not a word of a problem"),
     ],
 )

@@ -20,8 +20,17 @@ POLICIES = {
     "random": Policy("random", seed=20, slice=64),
 }
 
+QUICK = ("d128_causal", "varlen", "split", "d256", "mla_2cta_paged64", "mla_1cta_paged64")
+"""One of every kernel: each case is a compilation, and most of the time is theirs."""
 
-@pytest.mark.parametrize("name", peers_fa4.CASES)
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.sweep)
+        for name in peers_fa4.CASES
+    ],
+)
 def test_right_under_every_policy(name: str) -> None:
     """One compilation; right numbers whatever the timing, and nothing new found."""
     case = peers_fa4.CASES[name]

@@ -79,11 +79,13 @@ def skips(case: AttentionCase, policy: Policy, num_splits: int | None, rows: int
     return stats.read()
 
 
-@pytest.mark.parametrize("width", [64, 128, 256, 512])
-def test_widths(width):
-    """Shares of the workers, then whole work tiles; several sequences, of which one is empty."""
+@pytest.mark.parametrize(
+    ("width", "splits"), [(64, None), (128, None), (128, 1), (128, 3), (256, 3), (512, None)]
+)
+def test_widths(width, splits):
+    """Several sequences, of which one is empty."""
     case = case_of((8, 2), width, LENGTHS, seqlen_q=2)
-    for policy, splits in zip(POLICIES, (None, None, 1, 3), strict=True):
+    for policy in POLICIES[:: 1 if width == 128 else 2]:
         check(case, *emulated(case, policy, num_splits=splits))
 
 
@@ -97,22 +99,21 @@ def test_rows(heads, seqlen_q):
         check(case, *emulated(case, policy))
 
 
-@pytest.mark.parametrize(("page_size", "width"), [(64, 128), (8, 64), (48, 128)])
-def test_pages(page_size, width):
+@pytest.mark.parametrize(("page_size", "splits"), [(64, None), (8, 2)])
+def test_pages(page_size, splits):
     """Shuffled; what lies behind a sequence, in its last page and in the table, is poison."""
-    case = case_of((12, 4), width, LENGTHS, 2, page_size)
-    for policy, splits in itertools.product(POLICIES[1:3], (None, 2)):
+    case = case_of((12, 4), 128, LENGTHS, 2, page_size)
+    for policy in POLICIES[1:3]:
         check(case, *emulated(case, policy, num_splits=splits))
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"window": (100, 0)},
         {"window": (70, 30), "causal": False},
         {"softcap": 30.0, "sink": True, "window": (130, 0)},
     ],
-    ids=["window", "both-sides", "all"],
+    ids=["both-sides", "all"],
 )
 def test_options(options):
     case = case_of((8, 2), 128, LENGTHS, 2, dtype=FP16, **options)
@@ -126,7 +127,7 @@ def test_every_key_in_use():
     check(case, *emulated(case, POLICIES[2]))
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("width", [64, pytest.param(128, marks=pytest.mark.sweep)])
 def test_growing_scores(width):
     """Maxima rise by more than the rescale threshold, over and over: O is rescaled."""
     case = case_of((8, 2), width, [900, 300], dtype=FP16, source={"std": 1.0})
@@ -161,18 +162,16 @@ def test_values_of_skipped_tiles_are_not_fetched():
     assert emulated_bytes[0] - emulated_bytes[1] == skipped * 128 * 128 * 2
 
 
-def test_threshold_in_every_form():
-    """λ of the host and of the device, over the length or not, by the same decisions."""
+def test_threshold_of_the_device_over_the_length():
+    """The same decisions as by the host's λ."""
     case = case_of((8, 1), 128, [1000], dtype=FP16, source=GAP)
     lam, device = LAMBDA.value, torch.zeros(1)
     counts = set()
-    for factor, name in ((1, "threshold"), (1000, "threshold_scale_factor")):
-        device.fill_(lam * factor)
-        for value in (lam * factor, device):
-            stats = SkipStats("cpu")
-            skip = SkipSoftmax(**{name: value})
-            emulated(case, POLICIES[2], 1, num_splits=1, skip=skip, stats=stats)
-            counts.add(stats.read())
+    device.fill_(lam * 1000)
+    for given in ({"threshold": lam}, {"threshold_scale_factor": device}):
+        stats, skip = SkipStats("cpu"), SkipSoftmax(**given)
+        emulated(case, POLICIES[2], 1, num_splits=1, skip=skip, stats=stats)
+        counts.add(stats.read())
     assert len(counts) == 1
     assert counts.pop()[0] > 0
 
@@ -194,9 +193,9 @@ def test_fixed_splits_are_independent_of_the_batch():
 
 def test_workspace_of_the_caller():
     """As large as it says, used by two launches in a row, left with counters of zero."""
-    case = case_of((8, 2), 64, [600, 129])
-    problem = Problem(
-        "attention", "dense", False, BF16, BF16, 2, 1, 600, 8, 2, 64, 64, num_splits=3, seqused=True
+    case = case_of((8, 2), 128, [600, 129])
+    problem = replace(
+        PROBLEM, batch=2, seqlen_k=600, heads_q=8, heads_kv=2, num_splits=3, seqused=True
     )
     needed = decode_host.workspace_bytes(problem, B200)
     workspace = make_workspace("cpu", needed)
@@ -231,13 +230,14 @@ def epilogue(name: str, width: int, num_splits: int) -> None:
     case = case_of((8, 2), width, [300, 0, 129], 2)
     x = outputs(case, Identity(torch.float32), num_splits)
     op = OPS[name](8, width)
-    found, expected = outputs(case, op, num_splits), on_reference(op, x.view(6, 8, width))
-    if isinstance(found, torch.Tensor):
-        expected = expected.view(found.shape)
-    assert same_bits(found, expected)
+    found, expected = outputs(case, op, num_splits), on_reference(op, x)
+    if name == "gate":  # its sigmoid is approximate
+        torch.testing.assert_close(found, expected, rtol=2**-7, atol=0)
+    else:
+        assert same_bits(found, expected)
 
 
-@pytest.mark.parametrize(("name", "width", "splits"), [("nvfp4", 64, 2), ("fp8", 128, 1)])
+@pytest.mark.parametrize(("name", "width", "splits"), [("nvfp4", 64, 2)])
 def test_ops_have_the_specifications_bits(name, width, splits):
     epilogue(name, width, splits)
 

@@ -9,6 +9,8 @@ import logging
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
+
 from cute_fmha.problem import Problem, Target, target_of
 
 if TYPE_CHECKING:
@@ -99,12 +101,18 @@ def _first(
 
 
 def run(call: Call, backend: str) -> None:
-    """Run ``call`` on the backend that `select` names.
+    """Run ``call`` on the backend that `select` names, on the device of its tensors.
 
     A backend may refuse the tensors of a call, by where they lie in memory, with a
     NotImplementedError before anything is launched; ``auto`` then goes on to the next.
     """
-    target = target_of(call.q.device)
+    device = call.q.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Kernels are launched on the current device, whatever device their arguments are on.
+        with torch.cuda.device(device):
+            run(call, backend)
+        return
+    target = target_of(device)
     module = select(call.problem, target, backend)
     try:
         module.run(call)

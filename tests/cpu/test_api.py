@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -492,6 +495,28 @@ def test_auto_passes_by_what_a_backend_declines(fakes):
         problem = replace(PROBLEM, seqlen_q=seqlen_q)
         assert dispatch.select(problem, HOPPER, "auto") is fakes[name]
         assert dispatch.select(problem, HOPPER, "blackwell") is fakes["blackwell"]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_runs_on_the_device_of_the_tensors(index, fakes, monkeypatch):
+    """As PyTorch's own operators do, also where another device is the current one."""
+    devices: list[int] = [0]
+    seen: list[int] = []
+
+    @contextlib.contextmanager
+    def entered(device: torch.device) -> Iterator[None]:
+        devices.append(device.index)
+        yield
+        devices.pop()
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: devices[-1])
+    monkeypatch.setattr(torch.cuda, "device", entered)
+    monkeypatch.setattr(fakes["triton"], "run", lambda call: seen.append(devices[-1]))
+    fake_call: Any = SimpleNamespace(
+        q=SimpleNamespace(device=torch.device("cuda", index)), problem=PROBLEM
+    )
+    dispatch.run(fake_call, "triton")
+    assert (seen, devices) == ([index], [0])
 
 
 def test_auto_never_takes_the_emulator(fakes):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ POLICY = Policy("random", seed=1)
 LENGTHS = (1024, 2048)
 
 
-def ours(heads: int, length: int) -> Counters:
-    case = mla_harness.case_of(heads, 1, [length])
-    dtype = torch.bfloat16
-    kernel = MlaDecode(make_plan(576, dtype, dtype, mla_harness.features_of(case), 64, heads))
+def ours(heads: int, length: int, page_size: int = 64) -> Counters:
+    case = mla_harness.case_of(heads, 1, [length], page_size)
+    dtype, features = torch.bfloat16, mla_harness.features_of(case)
+    kernel = MlaDecode(make_plan(576, dtype, dtype, features, page_size, heads))
     return mla_harness.run(kernel, case, POLICY).report.results[0].counters
 
 
@@ -43,11 +44,13 @@ def small(rows: int, length: int, page_size: int = 64) -> Counters:
     return mla_harness.run(MlaDecodeSmall(plan), case, POLICY).report.results[0].counters
 
 
-def theirs(heads: int, length: int, one_cta: bool) -> Counters:
+def theirs(heads: int, length: int, one_cta: bool, page_size: int | None = None) -> Counters:
+    """Without a page size the latents are one tensor, which costs as much as its pages of 64."""
     setting = (("FLASH_ATTENTION_MLA_1CTA", "01"[one_cta]),)
     case = peers_fa4.Case(
-        "counts", mla=True, heads=heads, kv_heads=1, q=1, k=length, environment=setting
-    )
+        "counts", mla=True, heads=heads, kv_heads=1, q=1,
+        k=length if page_size is None else (length,), page=page_size, environment=setting,
+    )  # fmt: skip
     reports: list[Any] = []
 
     def run(compiled: Any, *args: Any, **kwargs: Any) -> None:
@@ -86,5 +89,13 @@ if __name__ == "__main__":
     show("FA4, 1 CTA, 16 heads", 1, lambda length: theirs(16, length, True))
     show("16 rows", 1, lambda length: small(16, length))
     show("32 rows", 1, lambda length: small(32, length))
-    show("16 rows, pages of 16", 1, lambda length: small(16, length, 16))
-    show("16 rows, pages of 1", 1, lambda length: small(16, length, 1))
+    for size in (16, 1):
+        big, few = partial(ours, page_size=size), partial(small, page_size=size)
+        peer, name = partial(theirs, one_cta=True, page_size=size), f"pages of {size}"
+        show(f"FA4, {name}, 128 heads", 2, partial(peer, 128))
+        show(f"a pair, {name}", 2, partial(big, 128))
+        show(f"FA4, {name}, 64 heads", 1, partial(peer, 64))
+        show(f"one CTA, {name}", 1, partial(big, 64))
+        show(f"FA4, {name}, 16 heads", 1, partial(peer, 16))
+        show(f"16 rows, {name}", 1, partial(few, 16))
+        show(f"32 rows, {name}", 1, partial(few, 32))

@@ -156,3 +156,13 @@ def test_no_variant_of_many_rows_has_a_stack(plan, arch):
     code = read(mla_host, plan, arch)
     assert (code.stack, code.local, code.spills) == (0, 0, 0), plan
     assert code.count("UTCHMMA") == 36 + 2 * plan.tile_n // 16
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("page_size", [1, 16, 0])
+@pytest.mark.parametrize("rows", [64, 128])
+def test_small_pages_leave_no_stack(rows, page_size):
+    """Their boxes take uniform registers, which are spilled first."""
+    features = Features(window_right=True, sink=True, skip=True, count=True)
+    code = read(mla_host, make_plan(576, BF16, BF16, features, page_size, rows, Cut.SHARE))
+    assert (code.stack, code.local, code.spills) == (0, 0, 0)

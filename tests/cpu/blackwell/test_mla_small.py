@@ -233,14 +233,14 @@ def test_skips_of_splits():
         harness.verify(kernel, case, policy, skip=LAMBDA, num_splits=3, ctas=8)
 
 
-@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize("page_size", [1, 16, 64])
 def test_a_quarter_of_the_tensor_core_and_half_of_the_instructions(page_size):
     """Per 128 tokens in steady state, next to a plan of 128 rows and to FlashAttention-4's kernel,
     to which 16 heads cost what 64 do; latents are fetched once."""
     counters = []
     for length in (1024, 2048):
         case = harness.case_of(16, 1, [length], page_size)
-        result = harness.run(kernel_of(case, page_size), case, harness.POLICIES[1])
+        result = harness.run(kernel_of(case, plans.box_of(page_size)), case, harness.POLICIES[1])
         counters.append(result.report.results[0].counters)
     tiles = 1024 / 128
     first, last = counters

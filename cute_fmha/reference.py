@@ -420,10 +420,7 @@ def _replay(
 
 
 def _evaluate(
-    inputs: _Inputs,
-    rules: _Rules,
-    plan: _TilePlan | None,
-    dtype: torch.dtype,
+    inputs: _Inputs, rules: _Rules, plan: _TilePlan | None, dtype: torch.dtype
 ) -> OracleResult:
     """The whole batch, tile by tile where there is a ``plan``."""
     q = inputs.q
@@ -441,23 +438,7 @@ def _evaluate(
     return OracleResult(out, lse, max_logits, counts.skipped, counts.total, counts.margin)
 
 
-def _make_rules(
-    q: torch.Tensor,
-    scale: float | None,
-    causal: bool,
-    window: tuple[int, int] | None,
-    sink: torch.Tensor | None,
-    softcap: float,
-    block_mask: BlockMask | None,
-    round_p: torch.dtype | None,
-) -> _Rules:
-    left, right = (-1, -1) if window is None else window
-    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
-    return _Rules(scale, left, 0 if causal else right, softcap, sink, block_mask, round_p)
-
-
-@torch.no_grad()
-def attention_reference(
+def _described(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -474,16 +455,27 @@ def attention_reference(
     seqused_k: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
     round_p: torch.dtype | None = None,
+) -> tuple[_Inputs, _Rules, torch.dtype]:
+    """A call with the arguments of `cute_fmha.attention`, not validated."""
+    left, right = (-1, -1) if window is None else window
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    rules = _Rules(scale, left, 0 if causal else right, softcap, sink, block_mask, round_p)
+    return _Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k), rules, dtype
+
+
+@torch.no_grad()
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`cute_fmha.attention` by definition: ``(out, lse)`` computed and returned in ``dtype``.
 
-    Shapes are those of `cute_fmha.attention`, for any head dims; the keys of dense k, v may be cut
-    by ``seqused_k``. ``round_p`` rounds the unnormalised probabilities exp(s − row max) to a
-    kernel's dtype before they meet v (the error budget of `cute_fmha.testing`). Inputs are not
-    validated.
+    Shapes and ``options`` (scale, causal, window, sink, softcap, block_mask, cu_seqlens_q,
+    cu_seqlens_k, block_table, seqused_k) are those of `cute_fmha.attention`, for any head dims; the
+    keys of dense k, v may be cut by ``seqused_k``. And of its own: ``dtype``, FP64; ``round_p``,
+    which rounds the unnormalised probabilities exp(s − row max) to a kernel's dtype before they
+    meet v (the error budget of `cute_fmha.testing`). Inputs are not validated.
     """
-    rules = _make_rules(q, scale, causal, window, sink, softcap, block_mask, round_p)
-    inputs = _Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
+    inputs, rules, dtype = _described(q, k, v, **options)
     result = _evaluate(inputs, rules, None, dtype)
     return result.out, result.lse
 
@@ -521,18 +513,7 @@ def tile_oracle(
     num_splits: int = 1,
     cuts: Sequence[Sequence[int]] | None = None,
     skip: SkipSoftmax | None = None,
-    scale: float | None = None,
-    causal: bool = False,
-    window: tuple[int, int] | None = None,
-    sink: torch.Tensor | None = None,
-    softcap: float = 0.0,
-    block_mask: BlockMask | None = None,
-    cu_seqlens_q: torch.Tensor | None = None,
-    cu_seqlens_k: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    seqused_k: torch.Tensor | None = None,
-    dtype: torch.dtype = torch.float64,
-    round_p: torch.dtype | None = None,
+    **options: Any,
 ) -> OracleResult:
     """Replay `cute_fmha.attention` with a kernel's tiles and its skip-softmax decisions.
 
@@ -541,10 +522,10 @@ def tile_oracle(
     `kv_tile_ranges`, cut by `split_tile_range`, or where ``cuts`` says for every ``tile_m`` rows of
     every sequence, in KV tiles from their first; each split starts anew with a running maximum of
     −inf, and the splits merge by log-sum-exp. A tile that the block mask blocks for every row is
-    neither visited nor counted. Counts sum over batch, heads, work tiles and splits.
+    neither visited nor counted. Counts sum over batch, heads, work tiles and splits. ``options``
+    are those of `attention_reference`.
     """
-    rules = _make_rules(q, scale, causal, window, sink, softcap, block_mask, round_p)
-    inputs = _Inputs(q, k, v, cu_seqlens_q, cu_seqlens_k, block_table, seqused_k)
+    inputs, rules, dtype = _described(q, k, v, **options)
     pieces = None if cuts is None else iter(cuts)
     plan = _TilePlan(tile_m, tile_n, pack_heads, num_splits, skip, pieces)
     return _evaluate(inputs, rules, plan, dtype)

@@ -100,7 +100,7 @@ def sample(seed: int, count: int) -> list[tuple[small.SmallPlan, str]]:
         dtype = draw.choice([BF16, FP16])
         plan = small.make_small_plan(
             draw.choice([576, 576, 512]), 512, dtype, out_dtype or dtype, Features(**present),
-            draw.choice([16, 32]), draw.choice([*small.BOXES, small.GATHERED]),
+            draw.choice([16, 32]), small.box_of(draw.choice([1, 8, 16, 32, 128])),
             draw.choice(list(Cut)), op,
         )  # fmt: skip
         variants.append((plan, draw.choice(["sm_100a"] * 5 + ["sm_103a"])))

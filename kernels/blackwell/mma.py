@@ -12,7 +12,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Int32
 from cutlass.cute.nvgpu import tcgen05
 
 from cute_fmha.kernels.blackwell import ptx
@@ -85,11 +85,12 @@ class Operand:
 
 
 def multiply_shared(
-    accumulator: Int32, a: Operand, a_tile: Int32, b: Operand, b_tile: Int32, descriptor: int
-) -> None:
-    """accumulator = A Bᵀ, both in shared memory."""
+    accumulator: Int32, a: Operand, a_tile: Int32, b: Operand, b_tile: Int32, descriptor: int,
+    done: tuple[Int32, int],
+) -> None:  # fmt: skip
+    """accumulator = A Bᵀ, both in shared memory; commits to the mbarrier ``done``."""
     steps = tuple(zip(a.steps, b.steps, strict=True))
-    ptx.tcgen05_mma_shared(accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps)
+    ptx.tcgen05_mma_shared(accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps, done)
 
 
 def multiply(
@@ -109,8 +110,9 @@ def multiply(
 
 def multiply_tmem(
     accumulator: Int32, a: Int32, b: Operand, b_tile: Int32, descriptor: int,
-    steps: range, accumulate: Boolean,
+    accumulate: Int32, gate: tuple[int, Int32, int, Int32],
 ) -> None:  # fmt: skip
-    """accumulator (+)= A B over ``steps``; A is in TMEM, 16 values of a step in 8 columns."""
-    pairs = tuple((8 * k, b.steps[k]) for k in steps)
-    ptx.tcgen05_mma_tmem(accumulator, a, (b_tile, b.high), descriptor, pairs, Int32(accumulate))
+    """accumulator (+)= A B; A is in TMEM, 16 values of a step in 8 columns, from step ``gate[0]``
+    on when that mbarrier phase is over."""
+    pairs = tuple((8 * k, step) for k, step in enumerate(b.steps))
+    ptx.tcgen05_mma_tmem(accumulator, a, (b_tile, b.high), descriptor, pairs, accumulate, gate)

@@ -49,9 +49,16 @@ class Barriers:
                     self.at(barrier.name, index), self.topology.arrivals(barrier.name)
                 )
 
+    def place(self, name: str, index: Any = 0) -> tuple[Int32, int]:
+        """The address of an mbarrier, as a register and a number."""
+        start = self.topology.offset(name)
+        if isinstance(index, int):
+            return self.base.toint(), 8 * (start + index)
+        return self.base.toint() + index * 8, 8 * start
+
     def wait(self, name: str, phase: Any, index: Any = 0) -> None:
         """Wait until the phase of that parity is complete."""
-        cute.arch.mbarrier_wait(self.at(name, index), phase)
+        ptx.mbarrier_wait(*self.place(name, index), phase)
 
     def test(self, name: str, phase: Any, index: Any = 0) -> Any:
         """Whether the phase of that parity is complete."""
@@ -65,9 +72,22 @@ class Barriers:
             )
 
     def arrive(self, name: str, index: Any = 0) -> None:
-        """Arrive for this warp, after all its lanes have got here."""
+        """Arrive for this warp, after all its lanes have got here; or every thread for itself, as
+        the barrier is declared."""
+        if (self.role, "thread") in self.topology.barrier(name).signals:
+            cute.arch.mbarrier_arrive(self.at(name, index))
+            return
         self._check(name, "warp")
         self._arrive_warp(name, index)
+
+    def tell(self, name: str, warp: Any) -> None:
+        """Tell the hearer of a meeting; ``warp``: of all the teller's. What this warp wrote to
+        shared memory is there when it is heard."""
+        ptx.barrier_arrive(self.topology.first_named(name) + warp, 64)
+
+    def hear(self, name: str, warp: Any) -> None:
+        """Wait for ``warp``, of all the teller's, at a meeting."""
+        ptx.barrier_sync(self.topology.first_named(name) + warp, 64)
 
     def arrive_each(self, name: str, index: Any = 0) -> None:
         """Likewise, at a barrier of all groups."""
@@ -114,16 +134,21 @@ class Barriers:
     def commit(self, name: str, index: Any = 0) -> None:
         """Have the tensor core arrive when all MMAs issued so far are complete."""
         self._check(name, "commit")
-        with cute.arch.elect_one():
-            if self.topology.ctas == 1:
-                tcgen05.commit(self.at(name, index))
-            else:
+        if self.topology.ctas == 1:
+            ptx.tcgen05_commit(*self.place(name, index))
+        else:
+            with cute.arch.elect_one():
                 tcgen05.commit(self.at(name, index), 0b11, tcgen05.CtaGroup.TWO)
+
+    def committing(self, name: str, index: Any = 0) -> tuple[Int32, int]:
+        """`place`, for MMAs that commit themselves."""
+        self._check(name, "commit")
+        return self.place(name, index)
 
     def expect(self, name: str, size: int, index: Any = 0) -> Any:
         """Arrive and announce ``size`` bytes; returns the mbarrier for the copies."""
-        with cute.arch.elect_one():
-            self.expect_elected(name, size, index)
+        self._check(name, "bytes")
+        ptx.mbarrier_expect(*self.place(name, index), size)
         return self.at(name, index)
 
     def expect_elected(self, name: str, size: int, index: Any = 0) -> Any:
@@ -180,11 +205,10 @@ class Cursor:
         if self.stages == 2:
             return Cursor(2, self.index ^ 1, self.phase ^ self.index)
         following = self.index + 1
+        if self.stages == 4:
+            return Cursor(4, following & 3, self.phase ^ (following >> 2))
         wraps = following == self.stages
-        if self.stages & (self.stages - 1) == 0:
-            index = following & (self.stages - 1)
-        else:
-            index = cutlass.select_(wraps, Int32(0), following)
+        index = cutlass.select_(wraps, Int32(0), following)
         return Cursor(self.stages, index, self.phase ^ Int32(wraps))
 
     def __extract_mlir_values__(self) -> list[Any]:

@@ -10,7 +10,6 @@ from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
-from cute_fmha.kernels.blackwell.prefill_load import decision
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
@@ -25,13 +24,12 @@ def correction(
     """Keeps O consistent with the running maximum; at the end normalises it.
 
     Reads: sScale, sMax, O. Writes: O, the chunk buffers, LSE.
-    Waits: decided, scale_full, o_full, chunk_empty.
-    Signals: decision_read, p_ready, scale_empty, chunk_full.
+    Waits: fade, stats_full, o_full, chunk_empty.
+    Signals: p_ready, decision_read, stats_empty, chunk_full.
     Registers: 80."""
     thread = cute.arch.thread_idx()[0] % 128
-    scale_phase = [Int32(0) for _ in range(plan.q_tiles)]
-    o_phase = [Int32(0) for _ in range(plan.q_tiles)]
-    decisions = [Int32(0) for _ in range(plan.q_tiles)]
+    warp = ptx.opaque(cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4)
+    phase = [Int32(0) for _ in range(plan.q_tiles)]  # of stats_full and o_full
     chunk = Cursor(plan.o_stages)
     tile = work.first(barriers)
     while tile.exists:
@@ -41,36 +39,30 @@ def correction(
             # O is free: the first P V overwrites it. Which tile that is, a skip decides.
             if cutlass.const_expr(not plan.features.skip):  # noqa: SIM102
                 if q_tiles[t].any:
-                    barriers.arrive_tmem("p_ready", t)
+                    barriers.arrive("p_ready", t)
                     fresh[t] = Boolean(False)
-        n = first
-        while n < end:
+        without = 0 if plan.features.skip else 1
+        spans = work.spans(q_tiles, first, end, without)
+        for i in cutlass.range_constexpr(len(spans)):
+            n, last, sharers = spans[i]
+            while n < last:
+                for t in sharers:
+                    needed = Boolean(True)
+                    if cutlass.const_expr(plan.features.block_mask is not None):
+                        again = n >= q_tiles[t].begin + without
+                        needed = work.has(tile, q_tiles, t, n) & again
+                    if needed:
+                        fresh[t] = correct(plan, shared, barriers, tmem, t, thread, warp, fresh[t])
+                n = work.after(tile, n, last)
+        if cutlass.const_expr(not plan.features.skip):
             for t in cutlass.range_constexpr(plan.q_tiles):
-                told = work.has(tile, q_tiles, t, n)
-                if cutlass.const_expr(plan.features.skip):
-                    if told:
-                        told = decision(shared, barriers, t, decisions[t])
-                        barriers.arrive("decision_read", t)
-                        decisions[t] = decisions[t] ^ 1
-                else:
-                    told = told & (n > q_tiles[t].begin)
-                if told:
-                    barriers.wait_tmem("scale_full", scale_phase[t], t)
-                    scale_phase[t] = scale_phase[t] ^ 1
-                    fade = shared.sScale[thread, t]
-                    barriers.arrive("scale_empty", t)
-                    # S(n) was complete when its fade was written, and P V (n − 1) before.
-                    if not fresh[t] and cute.arch.vote_any_sync(fade < 1.0):
-                        tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
-                        rescale(plan, tO, fade)
-                    fresh[t] = Boolean(False)
-                    barriers.arrive_tmem("p_ready", t)
-            n = work.after(tile, n, end)
+                if q_tiles[t].any:
+                    barriers.arrive("stats_empty", t)
         if cutlass.const_expr(plan.o_over_v):
             # Chunks lie where V was: all products are to be complete before the first is written.
             for t in cutlass.range_constexpr(plan.q_tiles):
                 if q_tiles[t].any:
-                    barriers.wait_tmem("o_full", o_phase[t], t)
+                    barriers.wait_tmem("o_full", phase[t], t)
         for t in cutlass.range_constexpr(plan.q_tiles):
             tile, q_tiles = work.again(tile, q_tiles)
             first_row = work.first_row(tile, t)
@@ -80,14 +72,14 @@ def correction(
                 apply = store.apply(work.output_row(tile, row), mem.op)
                 total, row_max = Float32(0.0), Float32(EMPTY)
                 if q_tiles[t].any:
-                    barriers.wait("scale_full", scale_phase[t], t)
-                    scale_phase[t] = scale_phase[t] ^ 1
+                    barriers.wait("stats_full", phase[t], t)
                     total = shared.sScale[thread, t]
                     row_max = shared.sMax[thread, t]
-                    barriers.arrive("scale_empty", t)
+                    if cutlass.const_expr(plan.features.skip):
+                        barriers.arrive("stats_empty", t)
                     if cutlass.const_expr(not plan.o_over_v):
-                        barriers.wait_tmem("o_full", o_phase[t], t)
-                    o_phase[t] = o_phase[t] ^ 1
+                        barriers.wait_tmem("o_full", phase[t], t)
+                    phase[t] = phase[t] ^ 1
                 maximum_log2 = row_max * scalars.scale_log2
                 left = Float32(1.0)
                 if cutlass.const_expr(plan.features.sink):
@@ -104,16 +96,42 @@ def correction(
                         mem.mLSE[work.lse_place(tile, row)] = lse
                 tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
                 chunk = store.produce(tO, shared.sO, thread, scale, empty, barriers, chunk, apply)
+        ptx.tcgen05_fence_before()  # O is read; the next p_ready says so.
         tile = work.next(tile, barriers)
 
 
-def rescale(plan: Plan, tO: Int32, fade: Float32) -> None:
-    """O = fade · O, 16 columns at a time."""
+@cute.jit
+def correct(plan, shared: Shared, barriers, tmem, t: cutlass.Constexpr, thread, warp, fresh):
+    """O of Q tile ``t`` for the next KV tile; whether it is still ``fresh``."""
+    tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start
+    barriers.hear("fade", 4 * t + warp)
+    fade = shared.sScale[thread, t]
+    if cutlass.const_expr(plan.features.skip):
+        barriers.arrive("decision_read", t)
+        if cute.arch.vote_any_sync(fade <= 1.0):
+            if not fresh:
+                rescale(plan, tO, fade)
+            fresh = Boolean(False)
+            barriers.arrive("p_ready", t)
+    else:
+        rescale(plan, tO, fade)
+        barriers.arrive("p_ready", t)
+    return fresh
+
+
+@cute.jit
+def rescale(plan, tO: Int32, fade: Float32):
+    """O = fade · O, if a row of this warp fades, 16 columns at a time.
+
+    S(n) was complete when its fade was written, and P V (n − 1) before."""
     width = 16
-    for c in range(0, plan.head_dim_v, width):
-        part = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
-        ptx.tcgen05_store(tO + c, scaled(part, fade))
-    ptx.tcgen05_wait_store()
+    if not cute.arch.vote_all_sync(fade >= 1.0):
+        ptx.tcgen05_fence_after()
+        for c in cutlass.range_constexpr(0, plan.head_dim_v, width):
+            part = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
+            ptx.tcgen05_store(tO + c, scaled(part, fade))
+        ptx.tcgen05_wait_store()
+        ptx.tcgen05_fence_before()
 
 
 @cute.jit

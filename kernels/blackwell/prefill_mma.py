@@ -41,8 +41,7 @@ def mma(
     )
     qk_kind = instruction_descriptor(dtype, plan.tile_m, plan.tile_n, False)
     pv_kind = instruction_descriptor(dtype, plan.tile_m, plan.head_dim_v, True)
-    steps = range(plan.tile_n // 16)
-    split = len(steps) * 3 // 4
+    last_quarter = plan.tile_n // 16 * 3 // 4  # of the steps over P: the first that p_last is for
     q_phase = Int32(0)
     p_phase = [Int32(0) for _ in range(plan.q_tiles)]
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
@@ -54,12 +53,16 @@ def mma(
             for t in cutlass.range_constexpr(plan.q_tiles):
                 barriers.wait("q_full", q_phase, t)
             q_phase = q_phase ^ 1
-            fresh = [Boolean(True) for _ in range(plan.q_tiles)]
+            accumulate = [Int32(0) for _ in range(plan.q_tiles)]
             # P V of tile n and Q Kᵀ of the tile that is coming; the first time only the latter, of
-            # which the compiler must not know, or it makes a copy of the loop for it.
-            n, coming = ptx.opaque(Int32(-1)), ptx.opaque(first)
+            # which the compiler must not know, or it makes a copy of the loop for it. What a branch
+            # sets is hidden from it, too: else it computes that again, from the branch's condition.
+            n = ptx.opaque(first - 1)
             while n < end:
-                v_used = Boolean(False)
+                coming = work.after(tile, n, end)
+                k_tile = ptx.opaque(k_tiles.tile(k.index))
+                v_tile = ptx.opaque(v_tiles.tile(v.index))
+                v_used = Int32(0)
                 for t in cutlass.range_constexpr(plan.q_tiles):
                     if work.has(tile, q_tiles, t, n):
                         keep = Boolean(True)
@@ -67,25 +70,18 @@ def mma(
                             keep = decision(shared, barriers, t, decisions[t])
                             decisions[t] = decisions[t] ^ 1
                         if keep:
-                            if not v_used:
+                            if v_used == 0:
                                 barriers.wait("v_full", v.phase, v.index)
-                            v_used = Boolean(True)
+                            v_used = ptx.opaque(Int32(1))
                             barriers.wait_tmem("p_ready", p_phase[t], t)
-                            v_tile = v_tiles.tile(v.index)
+                            rest = (last_quarter, *barriers.place("p_last", t), p_phase[t])
                             multiply_tmem(
-                                tO[t], tP[t], v_tiles, v_tile, pv_kind, steps[:split], not fresh[t]
+                                tO[t], tP[t], v_tiles, v_tile, pv_kind, accumulate[t], rest
                             )
-                            barriers.wait_tmem("p_last", p_phase[t], t)
-                            multiply_tmem(
-                                tO[t], tP[t], v_tiles, v_tile, pv_kind, steps[split:],
-                                Boolean(True),
-                            )  # fmt: skip
-                            fresh[t] = Boolean(False)
+                            accumulate[t] = ptx.opaque(Int32(1))
                             p_phase[t] = p_phase[t] ^ 1
-                        if n == q_tiles[t].end - 1:
-                            barriers.commit("o_full", t)
                     if cutlass.const_expr(t == plan.q_tiles - 1):  # noqa: SIM102  (as below)
-                        if v_used:
+                        if v_used != 0:
                             # Before the last Q Kᵀ, whose end it would have to wait for.
                             barriers.commit("v_empty", v.index)
                             v = v.next()
@@ -94,15 +90,16 @@ def mma(
                             barriers.wait("k_full", k.phase, k.index)
                     if work.has(tile, q_tiles, t, coming):
                         multiply_shared(
-                            tS[t], q, q.tile(t), k_tiles, k_tiles.tile(k.index), qk_kind
-                        )
-                        barriers.commit("s_full", t)
+                            tS[t], q, q.tile(t), k_tiles, k_tile, qk_kind,
+                            barriers.committing("s_full", t),
+                        )  # fmt: skip
+                    elif n == q_tiles[t].end - 1 and work.has(tile, q_tiles, t, n):
+                        barriers.commit("o_full", t)
                 if coming < end:
                     barriers.commit("k_empty", k.index)
                     k = k.next()
-                if coming == end - 1:
-                    for t in cutlass.range_constexpr(plan.q_tiles):
-                        barriers.commit("q_empty", t)
+                    if coming == end - 1:
+                        for t in cutlass.range_constexpr(plan.q_tiles):
+                            barriers.commit("q_empty", t)
                 n = coming
-                coming = work.after(tile, coming, end)
         tile = work.next(tile, barriers)

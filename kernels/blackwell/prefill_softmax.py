@@ -33,6 +33,9 @@ from cute_fmha.kernels.blackwell.softmax import (
     row_sum,
 )
 
+SKIPPED = 2.0
+"""Told in place of a fade: the KV tile is skipped."""
+
 
 class Group(NamedTuple):
     """What a thread of a softmax warpgroup works with."""
@@ -58,13 +61,10 @@ class RowState(Carried):
 
 @dataclass(frozen=True)
 class SoftmaxPhases(Carried):
-    """Parities of s_full, which are those of the decisions, and of scale_full."""
+    """Parities of s_full, which are those of the decisions, and of stats_empty."""
 
     s: Int32
-    scale: Int32
-
-    def after_scale(self) -> SoftmaxPhases:
-        return replace(self, scale=self.scale ^ 1)
+    stats: Int32
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def softmax(
     """One warpgroup per Q tile, one row per thread.
 
     Reads: S. Writes: P over S, sScale, sMax, sVotes.
-    Waits: s_full, decided, decision_read, scale_empty.
-    Signals: decided, p_ready, p_last, scale_full. Registers: 192."""
+    Waits: s_full, decided, decision_read, stats_empty.
+    Signals: decided, fade, p_ready, p_last, stats_full. Registers: 192."""
     t = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4
     thread = cute.arch.thread_idx()[0] % 128
     phases = SoftmaxPhases(Int32(0), Int32(0))
@@ -102,6 +102,9 @@ def softmax(
             threshold = raw_threshold(relative, scalars.scale_log2)
         group = Group(work, shared, scalars._replace(skip=threshold), tmem, barriers, t, thread)
         state = RowState(Float32(EMPTY), Float32(0.0), needed)
+        if cutlass.const_expr(plan.features.skip):  # noqa: SIM102  (compile and run time)
+            if keys.any:
+                barriers.wait("stats_empty", phases.stats ^ 1, t)
         n = keys.begin
         if cutlass.const_expr(plan.features.block_mask is not None):
             while n < keys.end:
@@ -135,11 +138,14 @@ def softmax(
                 )
                 n = work.after(tile, n, keys.end)
         if keys.any:
-            barriers.wait("scale_empty", phases.scale ^ 1, t)
-            phases = phases.after_scale()
+            if cutlass.const_expr(plan.features.skip):
+                barriers.wait("decision_read", phases.s ^ 1, t)
+            else:
+                barriers.wait("stats_empty", phases.stats, t)
             shared.sScale[thread, t] = state.total
             shared.sMax[thread, t] = state.maximum
-            barriers.arrive("scale_full", t)
+            barriers.arrive("stats_full", t)
+            phases = replace(phases, stats=phases.stats ^ 1)
         tile = work.next(tile, barriers)
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
         if thread == 0:
@@ -190,12 +196,11 @@ def softmax_step(
         )
         barriers.wait("decided", phases.s, t)
         keep = shared.sKeep[phases.s, t] != 0
+        tell_fade(group, cutlass.select_(keep, fade, Float32(SKIPPED)))
         if keep:
-            tell_fade(group, fade, phases)
             total = probabilities(group, ahead, scores, tP, minus_max, state.total * fade)
             needed = cute.arch.fmax(state.needed, tile_max + scalars.skip)
             state = RowState(maximum, total, needed)
-            phases = phases.after_scale()
         counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
         phases = replace(phases, s=phases.s ^ 1)
     else:
@@ -204,11 +209,11 @@ def softmax_step(
             state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold
         )
         if later:
-            tell_fade(group, fade, phases)
+            tell_fade(group, fade)
         minus_max = -maximum * scalars.scale_log2
         total = probabilities(group, [], scores, tP, minus_max, state.total * fade)
         state = RowState(maximum, total, state.needed)
-        phases = SoftmaxPhases(phases.s ^ 1, phases.scale ^ Int32(later))
+        phases = replace(phases, s=phases.s ^ 1)
         counts = Counts(counts.skipped, counts.visited + 1)
     return state, phases, counts
 
@@ -232,12 +237,11 @@ def score_row(plan: Plan, tS: Int32, scalars: Scalars) -> list[Float32]:
     return scores + capped(piece, scalars.cap_inner)
 
 
-def tell_fade(group: Group, fade: Float32, phases: SoftmaxPhases) -> None:
-    """Tell the correction what is left of O."""
-    _, shared, _, _, barriers, t, thread = group
-    barriers.wait("scale_empty", phases.scale ^ 1, t)
+def tell_fade(group: Group, fade: Float32) -> None:
+    """Tell the correction what is left of O; it has read what it was told before."""
+    shared, barriers, t, thread = group.shared, group.barriers, group.t, group.thread
     shared.sScale[thread, t] = fade
-    barriers.arrive("scale_full", t)
+    barriers.tell("fade", 4 * t + thread // 32)
 
 
 def probabilities(

@@ -23,7 +23,7 @@ from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, Uint32
 
 from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
@@ -166,11 +166,38 @@ class Work(Fixed):
     @cute.jit
     def has(self, tile: WorkTile, keys: Any, t: Any, n: Int32):
         """Whether Q tile ``t`` needs KV tile ``n``; ``keys`` are those of all Q tiles."""
-        inside = (keys[t].begin <= n) & (n < keys[t].end)
+        if cutlass.const_expr(self.together):
+            inside = Uint32(n) < Uint32(keys[t].end)
+        else:
+            inside = (keys[t].begin <= n) & (n < keys[t].end)
         if cutlass.const_expr(self.plan.features.block_mask is not None):  # noqa: SIM102
             if inside:
                 inside = self.bits.bit(VISIBLE, t, n, tile.slot) != 0
         return inside
+
+    def spans(self, keys: Any, first: Int32, end: Int32, without: int) -> Any:
+        """[(begin, end, Q tiles that need the KV tiles from begin on)], for the ``without`` first
+        KV tiles of each Q tile left out; with a block mask `has` says which of them needs one."""
+        everyone = tuple(range(self.plan.q_tiles))
+        if self.plan.features.block_mask is not None:
+            return [(first, end, everyone)]
+        begin_0, end_0 = keys[0].begin + without, keys[0].end
+        if self.plan.q_tiles == 1:
+            return [(begin_0, end_0, everyone)]
+        # The second has none, or begins and ends no earlier.
+        begin_1 = cutlass.select_(keys[1].any, keys[1].begin + without, end_0)
+        end_1 = cutlass.select_(keys[1].any, keys[1].end, end_0)
+        both, apart = cutlass.max(begin_0, begin_1), cutlass.min(end_0, end_1)
+        return [
+            (begin_0, cutlass.min(both, end_0), (0,)),
+            (both, apart, everyone),
+            (cutlass.max(apart, begin_1), end_1, (1,)),
+        ]
+
+    @property
+    def together(self) -> bool:
+        """KV tile 0 is the first of every Q tile that has any."""
+        return not (self.plan.features.window_left or self.plan.features.block_mask)
 
     def after(self, tile: WorkTile, n: Int32, end: Int32, t: Any = None) -> Int32:
         """The KV tile before ``end`` that comes after ``n``, for Q tile ``t`` or any; without a

@@ -61,6 +61,37 @@ def cluster_rank(*, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
+def mbarrier_wait(address: Int32, offset: int, phase: Any, *, loc=None, ip=None) -> None:
+    """mbarrier.try_wait.parity, ``offset`` bytes from the address, until the phase is over."""
+    wait = "\n\t".join(_try_wait(f"$0 + {offset}", "$1"))
+    _asm(
+        f"{{\n\t.reg .pred q;\n\t{wait}\n\t}}",
+        [], [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, phase)], "r,r", effects=True,
+        loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def mbarrier_expect(address: Int32, offset: int, size: int, *, loc=None, ip=None) -> None:
+    """mbarrier.arrive.expect_tx by the elected lane, ``offset`` bytes from the address."""
+    _asm(
+        "{\n\t.reg .pred e;\n\t.reg .b64 state;\n\telect.sync _|e, 0xffffffff;\n\t"
+        f"@e mbarrier.arrive.expect_tx.shared::cta.b64 state, [$0 + {offset}], {size};\n\t}}",
+        [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def tcgen05_commit(address: Int32, offset: int, *, loc=None, ip=None) -> None:
+    """tcgen05.commit by the elected lane to the mbarrier ``offset`` bytes from the address."""
+    _asm(
+        "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
+        f"{_commit(f'$0 + {offset}')}\n\t}}",
+        [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
 def tcgen05_fence_before(*, loc=None, ip=None) -> None:
     """tcgen05.fence::before_thread_sync: own tcgen05 operations before a later arrive."""
     nvvm.tcgen05_fence(nvvm.Tcgen05FenceKind.BEFORE_THREAD_SYNC, loc=loc, ip=ip)
@@ -401,15 +432,30 @@ def pack_e2m1(values: list[Float32], *, loc=None, ip=None) -> Int32:
     return Int32(result)
 
 
+def _try_wait(address: str, phase: str) -> list[str]:
+    """Wait for a phase of an mbarrier, with a predicate q and a label of its own."""
+    return [
+        "again:", f"mbarrier.try_wait.parity.shared::cta.b64 q, [{address}], {phase}, 10000000;",
+        "@!q bra again;",
+    ]  # fmt: skip
+
+
+def _commit(address: str) -> str:
+    """Commit from the lane of predicate e."""
+    group = "cta_group::1.mbarrier::arrive::one.shared::cluster"
+    return f"@e tcgen05.commit.{group}.b64 [{address}];"
+
+
 def _mma(
     steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str,
-    form: str = "cta_group::1",
+    form: str = "cta_group::1", gate: tuple[int, list[str]] | None = None, last: str = "",
 ) -> str:  # fmt: skip
     """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
     $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``. With
-    ``first_enable`` p the last operand says whether the first MMA adds to D."""
+    ``first_enable`` p the operand after A says whether the first MMA adds to D. ``gate``: lines to
+    come before a step; ``last``: a line at the end."""
     lines = [
-        ".reg .pred e, p;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
+        ".reg .pred e, p, q;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
         "elect.sync _|e, 0xffffffff;",
     ]  # fmt: skip
     if first_enable == "p":
@@ -421,40 +467,49 @@ def _mma(
         return [f"add.s32 l{name}, {low}, {step};", f"mov.b64 d{name}, {{l{name}, {high}}};"]
 
     for index, (step_a, step_b) in enumerate(steps):
+        if gate and index == gate[0]:
+            lines += gate[1]
         lines += descriptor("b", "$2", "$3", step_b)
         if a_shared:
             lines += descriptor("a", "$4", "$5", step_a)
         a = "da" if a_shared else f"[$4 + {step_a}]"
         enable = "1" if index else first_enable
         lines.append(f"@e tcgen05.mma.{form}.kind::f16 [$0], {a}, db, $1, {enable};")
+    lines.append(last)
     return "{\n\t" + "\n\t".join(lines) + "\n\t}"
 
 
 @dsl_user_op
 def tcgen05_mma_shared(
     accumulator: Int32, a: tuple[Int32, Int32], b: tuple[Int32, Int32], descriptor: int,
-    steps: tuple[tuple[int, int], ...], *, loc=None, ip=None,
+    steps: tuple[tuple[int, int], ...], done: tuple[Int32, int], *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """tcgen05.mma kind::f16 for every K step, from descriptors given as (low, high) words;
-    overwrites the accumulator."""
-    values = (Int32(accumulator), Int32(descriptor), *b, *a)
+    overwrites the accumulator. Commits to ``done``, an mbarrier's address and an offset."""
+    values = (Int32(accumulator), Int32(descriptor), *b, *a, Int32(done[0]))
     _asm(
-        _mma(steps, True, "0"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
-        "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
+        _mma(steps, True, "0", last=_commit(f"$6 + {done[1]}")), [],
+        [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r", effects=True,
+        loc=loc, ip=ip,
     )  # fmt: skip
 
 
 @dsl_user_op
 def tcgen05_mma_tmem(
     accumulator: Int32, a: Int32, b: tuple[Int32, Int32], descriptor: int,
-    steps: tuple[tuple[int, int], ...], accumulate: Int32, *, loc=None, ip=None,
+    steps: tuple[tuple[int, int], ...], accumulate: Int32, gate: tuple[int, Int32, int, Int32],
+    *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """tcgen05.mma kind::f16 with A in TMEM, for every K step; the first adds to the accumulator
-    where ``accumulate`` is not 0."""
-    values = (Int32(accumulator), Int32(descriptor), *b, Int32(a), Int32(accumulate))
+    where ``accumulate`` is not 0. ``gate``: the step before which to wait for what comes of A by
+    then, and the address, an offset and the phase of the mbarrier."""
+    step, address, offset, phase = gate
+    values = (Int32(x) for x in (accumulator, descriptor, *b, a, accumulate, address, phase))
+    wait = [*_try_wait(f"$6 + {offset}", "$7"), "tcgen05.fence::after_thread_sync;"]
     _asm(
-        _mma(steps, False, "p"), [], [value.ir_value(loc=loc, ip=ip) for value in values],
-        "r,r,r,r,r,r", effects=True, loc=loc, ip=ip,
+        _mma(steps, False, "p", gate=(step, wait)), [],
+        [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r,r",
+        effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 
@@ -537,6 +592,15 @@ def barrier_sync(identifier: Int32, threads: int, *, loc=None, ip=None) -> None:
     """barrier.sync: waits for ``threads`` threads."""
     _asm(
         f"barrier.cta.sync.aligned $0, {threads};",
+        [], [Int32(identifier).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
+def barrier_arrive(identifier: Int32, threads: int, *, loc=None, ip=None) -> None:
+    """barrier.arrive: counts towards ``threads`` threads, and does not wait."""
+    _asm(
+        f"barrier.cta.arrive.aligned $0, {threads};",
         [], [Int32(identifier).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 

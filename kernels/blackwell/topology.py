@@ -5,6 +5,8 @@ follows from the roles that signal it and from how they do it.
 
     how          who arrives
     "warp"       one lane of every warp of the role (of the group), after the warp has synchronised
+    "thread"     every thread of the role (of the group), each for what it did itself: the machine
+                 makes one arrival of a warp's, and nobody is elected
     "each"       likewise of every warp of the role, of all groups
     "leader"     one lane of one warp of the role
     "commit"     the tensor core, when all MMAs issued before have completed
@@ -18,7 +20,7 @@ from typing import Literal
 
 from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan, Role
 
-How = Literal["warp", "each", "leader", "commit", "bytes"]
+How = Literal["warp", "thread", "each", "leader", "commit", "bytes"]
 To = Literal["own", "first", "other", "both"]
 
 
@@ -39,6 +41,21 @@ class Barrier:
 
 
 @dataclass(frozen=True)
+class Meeting:
+    """Named barriers of the hardware, at each of which a warp of ``teller`` and one of ``hearer``
+    meet: warp w of each of the teller's groups, and warp w of the hearer. Only the latter waits.
+    They have no phase to keep, and must not be told again before they were heard."""
+
+    name: str
+    teller: str
+    hearer: str
+
+
+NAMED_BARRIERS = 16
+"""Named barriers of a CTA; the first is that of all its threads."""
+
+
+@dataclass(frozen=True)
 class Topology:
     """All barriers of a kernel of ``ctas`` CTAs to a cluster, one or two. With two, the tensor core
     works for both: its commits arrive in both CTAs."""
@@ -46,9 +63,11 @@ class Topology:
     roles: tuple[Role, ...]
     barriers: tuple[Barrier, ...]
     ctas: int = 1
+    meetings: tuple[Meeting, ...] = ()
 
     def __post_init__(self) -> None:
         names = [barrier.name for barrier in self.barriers]
+        names += [meeting.name for meeting in self.meetings]
         if len(set(names)) != len(names):
             raise ValueError(f"a barrier is declared twice: {names}")
         roles = {role.name: role for role in self.roles}
@@ -69,6 +88,15 @@ class Topology:
                         f"barrier {barrier.name}: {barrier.count} of them, but {role} has "
                         f"{roles[role].groups} groups"
                     )
+        for meeting in self.meetings:
+            teller, hearer = roles[meeting.teller], roles[meeting.hearer]
+            if teller.group_warps != len(hearer.warps):
+                raise ValueError(
+                    f"meeting {meeting.name}: {teller.group_warps} warps of {teller.name} tell "
+                    f"{len(hearer.warps)} of {hearer.name}"
+                )
+        if self.named > NAMED_BARRIERS:
+            raise ValueError(f"{self.named} named barriers of {NAMED_BARRIERS}")
 
     def arrivals(self, name: str) -> int:
         """Arrivals that complete a phase of ``name``."""
@@ -77,7 +105,10 @@ class Topology:
         ctas = self.ctas if barrier.to in ("first", "both") else 1
 
         def of(role: Role, how: How) -> int:
-            warps = {"warp": role.group_warps, "each": len(role.warps), "leader": 1}
+            warps = {
+                "warp": role.group_warps, "thread": 32 * role.group_warps,
+                "each": len(role.warps), "leader": 1,
+            }  # fmt: skip
             return warps[how] * ctas if how in warps else 1
 
         return sum(of(roles[role], how) for role, how in barrier.signals)
@@ -95,6 +126,17 @@ class Topology:
         raise KeyError(name)
 
     @property
+    def named(self) -> int:
+        """Named barriers in use."""
+        tellers = {role.name: len(role.warps) for role in self.roles}
+        return 1 + sum(tellers[meeting.teller] for meeting in self.meetings)
+
+    def first_named(self, name: str) -> int:
+        """The first named barrier of the meeting ``name``."""
+        before = self.meetings[: [meeting.name for meeting in self.meetings].index(name)]
+        return Topology(self.roles, (), meetings=before).named
+
+    @property
     def size(self) -> int:
         return sum(barrier.count for barrier in self.barriers)
 
@@ -102,17 +144,20 @@ class Topology:
 def prefill_topology(plan: Plan) -> Topology:
     """The barriers of `cute_fmha.kernels.blackwell.prefill`.
 
-        load ── q_full, k_full; v_full ──> mma ── s_full ──> softmax ── scale_full ──> correction
-             <─ q_empty, k_empty, v_empty ─    <─ p_ready ──         <─ scale_empty ──
+        load ── q_full, k_full; v_full ──> mma ── s_full ──> softmax ── fade ───────> correction
+             <─ q_empty, k_empty, v_empty ─    <─ p_ready ──         ── stats_full ─>
+                                               <─ p_last ───         <─ stats_empty ─
                                                <─ p_ready ───────────────────────────
                                                ── o_full ───────────────────────────>
         correction ── chunk_full ──> epilogue,   correction <── chunk_empty ── epilogue
-        softmax ── decided ──> softmax, load_values, mma, correction
+        softmax ── decided ──> softmax, load_values, mma
                 <─ decision_read ── load_values, correction
 
         epilogue ── work_full ──> all,          epilogue <── work_empty ── all others
 
-    Each barrier between mma, softmax and correction exists once per Q tile.
+    Each barrier between mma, softmax and correction exists once per Q tile. A fade passes from a
+    softmax warp to the correction warp that has its rows; the next one comes after an S whose MMA
+    has waited for that correction warp, or after its decision_read.
     """
     q_tiles = plan.q_tiles
     workers = (role.name for role in plan.roles if role.name != "epilogue")
@@ -122,7 +167,9 @@ def prefill_topology(plan: Plan) -> Topology:
         # after it has read this one.
         decided = [
             Barrier("decided", q_tiles, (("softmax", "warp"),)),
-            Barrier("decision_read", q_tiles, (("load_values", "warp"), ("correction", "warp"))),
+            Barrier(
+                "decision_read", q_tiles, (("load_values", "thread"), ("correction", "thread"))
+            ),
         ]
     over_v = []
     if plan.o_over_v:
@@ -146,14 +193,17 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
             Barrier("s_full", q_tiles, (("mma", "commit"),)),
             # The first three quarters of P are stored, and O may be accumulated into.
-            Barrier("p_ready", q_tiles, (("softmax", "warp"), ("correction", "warp"))),
-            Barrier("p_last", q_tiles, (("softmax", "warp"),)),
-            Barrier("scale_full", q_tiles, (("softmax", "warp"),)),
-            Barrier("scale_empty", q_tiles, (("correction", "warp"),)),
+            Barrier("p_ready", q_tiles, (("softmax", "thread"), ("correction", "thread"))),
+            Barrier("p_last", q_tiles, (("softmax", "thread"),)),
+            # A work tile's row sums and maxima, where fades were before. They are read, or without
+            # a skip all fades are: with one, every KV tile has a fade, and they have decision_read.
+            Barrier("stats_full", q_tiles, (("softmax", "thread"),)),
+            Barrier("stats_empty", q_tiles, (("correction", "thread"),)),
             Barrier("o_full", q_tiles, (("mma", "commit"),)),
             *decided,
             Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),
             Barrier("chunk_empty", plan.o_stages, (("epilogue", "warp"),)),
             *over_v,
         ),
+        meetings=(Meeting("fade", "softmax", "correction"),),
     )

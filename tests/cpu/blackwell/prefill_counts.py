@@ -26,7 +26,7 @@ from cute_fmha.emulator import model
 from cute_fmha.emulator.binding import CLASSES
 from cute_fmha.emulator.capture import emulate
 from cute_fmha.emulator.machine import Counters, Policy
-from cute_fmha.kernels.blackwell.plan import Features, Plan, make_plan
+from cute_fmha.kernels.blackwell.plan import HEAD_DIMS, Features, Plan, make_plan
 from cute_fmha.testing import Heads, Options, Source, dense_case
 
 POLICY = Policy("eager", races=False)
@@ -126,7 +126,7 @@ def main() -> None:
         "| MUFU, issue cycles | timeline |"
     )
     print(f"| --- |{' --- |' * 14}")
-    for dims in ((64, 64), (128, 128), (192, 128)):
+    for dims in HEAD_DIMS:
         for causal in (False, True):
             sizes = Size(dims, causal, LENGTHS[0]), Size(dims, causal, LENGTHS[1])
             name = f"{dims[0]}/{dims[1]} {'causal' if causal else 'full'}"

@@ -57,21 +57,31 @@ def test_budgets():
 
 
 def test_arrive_counts_follow_from_the_roles():
-    from cute_fmha.kernels.blackwell.topology import Barrier, Topology, prefill_topology
+    from cute_fmha.kernels.blackwell.topology import Barrier, Meeting, Topology, prefill_topology
 
     topology = prefill_topology(plan())
     counts = {barrier.name: topology.arrivals(barrier.name) for barrier in topology.barriers}
     assert counts == {
         "work_full": 1, "work_empty": 15, "claimed": 1,
         "q_full": 1, "q_empty": 1, "k_full": 1, "k_empty": 1, "v_full": 1, "v_empty": 1,
-        "s_full": 1, "p_ready": 8, "p_last": 4, "scale_full": 4, "scale_empty": 4, "o_full": 1,
+        "s_full": 1, "p_ready": 256, "p_last": 128, "stats_full": 128, "stats_empty": 128,
+        "o_full": 1,
         "chunk_full": 4, "chunk_empty": 1,
     }  # fmt: skip
+    assert topology.first_named("fade") == 1
+    assert topology.named == 9, "eight softmax warps, each with a barrier of its own"
     roles = (Role("a", (0, 1), 64), Role("b", (2,), 64))
     with pytest.raises(ValueError, match="a has 2 warps, 'commit' is for one"):
         Topology(roles, (Barrier("x", 1, (("a", "commit"),)),))
     with pytest.raises(ValueError, match="no role c"):
         Topology(roles, (Barrier("x", 1, (("c", "warp"),)),))
+    with pytest.raises(ValueError, match="2 warps of a tell 1 of b"):
+        Topology(roles, (), meetings=(Meeting("x", "a", "b"),))
+    with pytest.raises(ValueError, match="17 named barriers of 16"):
+        Topology(
+            (Role("a", tuple(range(16)), 64, groups=16), Role("b", (16,), 64)), (),
+            meetings=(Meeting("x", "a", "b"),),
+        )  # fmt: skip
     with pytest.raises(ValueError, match="every warp has one role"):
         Topology((Role("a", (0, 2), 64),), ())
 

@@ -6,8 +6,8 @@ tensors are the CPU's, of which TVM-FFI is told that they are CUDA's. What is mi
 driver's own time for a launch, the same for every library.
 
 Rows: the public call; the same into a given tensor, and what of it the backend's `run` and the
-compiled host function take; the PyTorch operator; a kernel called as CuTe DSL does without TVM-FFI;
-and FlashAttention-4's public call, if it is installed.
+compiled host function take; the PyTorch operator; for prefill also a kernel called as CuTe DSL does
+without TVM-FFI, and FlashAttention-4's public call, if it is installed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from cute_fmha.kernels.blackwell import build, launch
 from cute_fmha.ops import Call
 from cute_fmha.problem import Problem, Target
 from cute_fmha.problem_text import SYNTAX, parse
-from cute_fmha.testing import AttentionCase
+from cute_fmha.testing import AttentionCase, MlaCase
 
 TARGET = Target("cuda", 100, 148)
 BATCH = 50
@@ -110,19 +110,28 @@ def measure(name: str, call: Callable[[], Any], shim: Shim, seconds: float) -> R
     return Row(name, best * 1e6, launches)
 
 
-def ours(case: AttentionCase, shim: Shim, seconds: float) -> list[Row]:
+def ours(case: AttentionCase | MlaCase, shim: Shim, seconds: float) -> list[Row]:
     """The blackwell backend, part by part."""
-    q, k, v, common = case.q, case.k, case.v, case.common
-    out = torch.empty((*q.shape[:-1], v.shape[-1]), dtype=q.dtype)
+    options = {**case.common, "backend": "blackwell"}
+    inputs: tuple[torch.Tensor, ...]
+    if isinstance(case, MlaCase):
+        operation, width, text = "mla_decode", 512, "mla_decode(q, cache, table, lengths"
+        inputs = (case.q, case.kv_cache, case.block_table, case.cache_seqlens)
+        options["workspace"] = cute_fmha.make_workspace("cpu", 64 << 20)
+    else:
+        operation, width, text = "attention", case.v.shape[-1], "attention(q, k, v"
+        inputs = (case.q, case.k, case.v)
+    public = getattr(cute_fmha, operation)
+    out = torch.empty((*case.q.shape[:-1], width), dtype=case.q.dtype)
 
     def call() -> Any:
-        return cute_fmha.attention(q, k, v, **common, backend="blackwell")
+        return public(*inputs, **options)
 
     def call_into() -> Any:
-        return cute_fmha.attention(q, k, v, out=out, **common, backend="blackwell")
+        return public(*inputs, out=out, **options)
 
     given: list[Any] = []
-    operator = torch.ops.cute_fmha.attention
+    operator = getattr(torch.ops.cute_fmha, operation)
     with patched(
         (dispatch, "target_of", lambda device: TARGET),
         (launch, "target_of", lambda device: TARGET),
@@ -133,18 +142,20 @@ def ours(case: AttentionCase, shim: Shim, seconds: float) -> list[Row]:
         inner: Call = given.pop()
         with patched(
             (repeat, "is_eager", lambda: False),
-            (torch.ops.cute_fmha, "attention", lambda *a: given.append(a)),
+            (torch.ops.cute_fmha, operation, lambda *a: given.append(a)),
         ):
             call_into()
         values = given.pop()
         function, arguments = launch._launcher(inner.problem, TARGET)
         made = arguments(inner)
         parts: dict[str, Callable[[], Any]] = {
-            "attention(q, k, v)": call,
-            "attention(q, k, v, out=out)": call_into,
+            f"{text})": call,
+            f"{text}, out=out)": call_into,
             "  of this the backend, run(call)": lambda: launch.run(inner),
             "  of this the host function: tensor maps, launch": lambda: function(*made),
-            "torch.ops.cute_fmha.attention, as compiled graphs call it": lambda: operator(*values),
+            f"torch.ops.cute_fmha.{operation}, as compiled graphs call it": lambda: operator(
+                *values
+            ),
         }
         return [measure(name, part, shim, seconds) for name, part in parts.items()]
 
@@ -152,7 +163,6 @@ def ours(case: AttentionCase, shim: Shim, seconds: float) -> list[Row]:
 def plain(case: AttentionCase, problem: Problem, shim: Shim, seconds: float) -> list[Row]:
     """The same kernel compiled without TVM-FFI and called as CuTe DSL does."""
     from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
-    from cutlass import Int32
 
     from cute_fmha.kernels.blackwell import prefill_host
 
@@ -160,14 +170,13 @@ def plain(case: AttentionCase, problem: Problem, shim: Shim, seconds: float) -> 
         return cap.device_tensor(x, 16).mark_layout_dynamic(leading_dim=x.dim() - 1)
 
     kernel, placeholders = prefill_host.compile_arguments(prefill_host.plan_of(problem))
-    scalars = next(a for a in placeholders if isinstance(a, tuple))
+    bundle, op, lengths, scalars, _ = placeholders
     out = torch.empty((*case.q.shape[:-1], case.v.shape[-1]), dtype=case.q.dtype)
     tensors = (case.q, case.k, case.v, out)
-    numbers = type(scalars)(*(type(x)(1) for x in scalars))
+    absent = [None] * (len(bundle) - len(tensors))
 
     def arguments(*views: Any) -> tuple[Any, ...]:
-        rest = iter((*views, *[None] * (len(placeholders) - len(views) - 3)))
-        return (*rest, numbers, Int32(148), CUstream(0))
+        return (type(bundle)(*views, *absent), op, lengths, scalars, CUstream(0))
 
     made = arguments(*map(tensor, tensors))
     function = shim.link(cap.compile_kernel(kernel, *made))
@@ -241,17 +250,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     text = parse(options.problem)
     case = text.case(0)
-    assert isinstance(case, AttentionCase)
     tensors_on_cuda()
     shim = Shim()
-    rows = []
     with torch.no_grad():
-        for part in (
-            lambda: ours(case, shim, options.seconds),
-            lambda: plain(case, text.problem, shim, options.seconds),
-            lambda: peer(case, shim, options.seconds),
-        ):
-            rows += part()
+        rows = ours(case, shim, options.seconds)
+        if isinstance(case, AttentionCase):
+            rows += plain(case, text.problem, shim, options.seconds)
+            rows += peer(case, shim, options.seconds)
     print(
         f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}, {options.problem}"

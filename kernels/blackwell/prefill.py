@@ -78,6 +78,7 @@ from cute_fmha.kernels.blackwell.prefill_operands import (
     Mmas,
     Scalars,
     Shared,
+    Tensors,
 )
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_softmax import softmax
@@ -100,24 +101,13 @@ class Prefill:
 
     @cute.jit
     def __call__(
-        self,
-        mQ: cute.Tensor,
-        mK: cute.Tensor,
-        mV: cute.Tensor,
-        mO: cute.Tensor,
-        mLSE: cute.Tensor,
-        mSink: cute.Tensor,
-        mSkip: cute.Tensor,
-        mStats: cute.Tensor,
-        op: tuple | None,
-        mMask: cute.Tensor,
-        lengths: Lengths,
-        scalars: Scalars,
+        self, tensors: Tensors, op: tuple | None, lengths: Lengths, scalars: Scalars,
         stream: CUstream,
-    ):
-        """Launch on ``[B, S, H, D]`` tensors, or packed ones ``[total, H, D]`` of ``lengths``."""
+    ):  # fmt: skip
+        """Launch on ``[B, S, H, D]`` tensors, or packed ones ``[total, H, D]`` of ``lengths``.
+        ``op``: what the epilogue op reads, and its second output."""
         plan = self.plan
-        mQ, mK, mV, mO = self.rows(mQ), self.rows(mK), self.rows(mV), self.rows(mO)
+        mQ, mK, mV, mO = (self.rows(mX) for mX in tensors[:4])
         mV = cute.make_tensor(
             mV.iterator, cute.select(mV.layout, mode=[1, 0, *range(2, cute.rank(mV))])
         )
@@ -164,22 +154,9 @@ class Prefill:
             save, mO, cute.select(layouts.sO, mode=[0, 1]), (plan.tile_m, plan.leaving.chunk)
         )
         mem = Global(
-            tma_q,
-            gQ,
-            tma_k,
-            gK,
-            tma_v,
-            gV,
-            tma_o,
-            gO,
-            mLSE,
-            mSink,
-            mSkip,
-            mStats,
-            op,
-            *lengths[:3],
-            mMask,
-        )
+            tma_q, gQ, tma_k, gK, tma_v, gV, tma_o, gO, *tensors[4:8], op, *lengths[:3],
+            tensors.mMask,
+        )  # fmt: skip
         self.kernel(mmas, mem, layouts, scalars).launch(
             grid=(works, 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1, stream=stream,
         )  # fmt: skip

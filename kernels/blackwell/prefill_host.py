@@ -68,14 +68,14 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
     from cute_fmha.kernels.blackwell.build import placeholder
     from cute_fmha.kernels.blackwell.device import DTYPES
     from cute_fmha.kernels.blackwell.prefill import Prefill
-    from cute_fmha.kernels.blackwell.prefill_operands import Lengths, Scalars
+    from cute_fmha.kernels.blackwell.prefill_operands import Lengths, Scalars, Tensors
 
     features = plan.features
     dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
     rows = (None, None) if features.packed else (None, None, None)
     starts = placeholder(Int32, None) if features.packed else None
     used = placeholder(Int32, None) if features.used else None
-    arguments = (
+    tensors = Tensors(
         placeholder(dtype, *rows, plan.head_dim, align=16),
         placeholder(dtype, *rows, plan.head_dim, align=16),
         placeholder(dtype, *rows, plan.head_dim_v, align=16),
@@ -84,8 +84,11 @@ def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:
         placeholder(Float32, None) if features.sink else None,
         placeholder(Float32, 1) if features.skip_tensor else None,
         placeholder(Int64, 2) if features.count else None,
-        placeholders(plan.op),
         placeholder(Uint8, *[None] * 4, any_stride=True) if features.block_mask else None,
+    )
+    arguments = (
+        tensors,
+        placeholders(plan.op),
         Lengths(starts, starts, used, Int32(0)),
         Scalars(Float32(0), Float32(0), Int32(0), Int32(0), Float32(0)),
         make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -102,11 +105,11 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
 
     def arguments(call: Call) -> tuple[Any, ...]:
         scalars = (*multipliers(call), *window, call.skip_value)
-        return (
+        tensors = (
             call.q, call.k, call.v, device_view(call.out), call.lse, call.sink, call.skip_tensor,
-            call.stats, op_arguments(call),
-            None if call.block_mask is None else device_view(call.block_mask),
-            (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, problem.seqlen_q), scalars,
+            call.stats, None if call.block_mask is None else device_view(call.block_mask),
         )  # fmt: skip
+        lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.seqused_k, problem.seqlen_q)
+        return tensors, op_arguments(call), lengths, scalars
 
     return arguments

@@ -13,6 +13,21 @@ def tmem_row(tmem: Any, thread: Int32) -> Int32:
     return tmem.toint() + (thread // 32 << 21)
 
 
+class Tensors(NamedTuple):
+    """Tensors of a call, in the order that its callers pass them; None for what a plan has not
+    compiled in. Packed sequences have TOKEN in place of BATCH and SEQ."""
+
+    mQ: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, D)
+    mK: cute.Tensor  # (BATCH, SEQ_K, HEAD_KV, D)
+    mV: cute.Tensor  # (BATCH, SEQ_K, HEAD_KV, DV)
+    mO: cute.Tensor  # (BATCH, SEQ_Q, HEAD_Q, DV)
+    mLSE: cute.Tensor | None  # (BATCH, HEAD_Q, SEQ_Q)
+    mSink: cute.Tensor | None  # (HEAD_Q,)
+    mSkip: cute.Tensor | None  # (1,): in place of the scalar
+    mStats: cute.Tensor | None  # (2,): KV tiles skipped, and all
+    mMask: cute.Tensor | None  # (BATCH or 1, HEAD or 1, BLOCK_M, BLOCK_N): block mask
+
+
 class Mmas(NamedTuple):
     """S = Q Kᵀ and O = P V."""
 

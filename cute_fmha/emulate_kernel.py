@@ -53,6 +53,11 @@ def kernel_target(kernel: str, text: str, device: Device, seed: int) -> Callable
         window = (problem.problem.window_left, problem.problem.window_right)
         cuts = automatic_cuts(plan, shape, window, lengths, target.num_sms)
         tiles = replace(tiles, cuts=cuts)
+    elif problem.skip is not None and getattr(plan, "cut", None) is Cut.SHARE:
+        raise NotImplementedError(
+            f"{text}: automatic splits cut, and so skip, in other places for every KV head; "
+            "name their number, as in splits1"
+        )
     return lambda: _run(problem, case, tiles)
 
 

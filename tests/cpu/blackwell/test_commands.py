@@ -166,6 +166,15 @@ def test_emulate_a_kernel(capsys):
     assert "nothing was found" in text
 
 
+def test_emulate_decode(capsys):
+    arguments = ["--kernel", "decode", "--quiet", "--sms", "4", "--policy", "random", "--problem"]
+    problem = "b2,sq2,sk300,hq8,hkv2,d64,causal,paged64"
+    assert emulate.main([*arguments, problem]) == 0
+    assert "nothing was found" in capsys.readouterr().out
+    assert emulate.main([*arguments, problem + ",skip"]) == 2
+    assert "name their number, as in splits1" in capsys.readouterr().err
+
+
 def test_emulate_fails_on_wrong_numbers(capsys, monkeypatch):
     """A gate that is missed and counters that are wrong are both reported."""
     host = launch.KERNELS[0]

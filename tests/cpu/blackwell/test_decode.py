@@ -19,6 +19,7 @@ from cute_fmha.emulator.device import Device
 from cute_fmha.epilogues import FP8, NVFP4, Gate, Identity, Scale
 from cute_fmha.kernels.blackwell import decode_host, launch, prefill_host
 from cute_fmha.kernels.blackwell.decode_plan import can_implement, plan_of
+from cute_fmha.kernels.blackwell.mla_plan import automatic_cuts
 from cute_fmha.problem import Problem, SkipSoftmax, Target
 from cute_fmha.testing import (
     AttentionCase,
@@ -147,6 +148,24 @@ def test_skipped_tiles(policy):
     for splits in (None, 3):
         skipped, total = skips(case, policy, splits)
         assert 0 < skipped < total
+
+
+def test_skips_of_shares():
+    """Of one KV head the cuts are those that the host works out likewise."""
+    lengths = [900, 1400, 0, 64]
+    case = case_of((8, 1), 128, lengths, 2, dtype=FP16, source=GAP)
+    problem = replace(
+        PROBLEM, dtype=FP16, out_dtype=FP16, seqlen_q=2, heads_q=8, heads_kv=1, seqused=True,
+        skip=True, stats=True, lse=True,
+    )  # fmt: skip
+    cuts = automatic_cuts(plan_of(problem), (2, 8), (-1, 0), lengths, 7)
+    assert max(map(len, cuts)) > 0
+    tiles, stats = Tiles(16, 128, True, 1, cuts), SkipStats("cpu")
+    out, lse = emulated(case, POLICIES[2], 7, skip=LAMBDA, stats=stats)
+    expected = case.oracle(tiles, LAMBDA)
+    assert expected.margin > 1.0
+    check(case, out, lse, tiles, LAMBDA)
+    assert stats.read() == (expected.skipped, expected.total)
 
 
 def test_values_of_skipped_tiles_are_not_fetched():

@@ -48,11 +48,14 @@ POLICIES = [
 
 def case_of(
     heads: tuple[int, int], width: int, lengths: list[int], seqlen_q: int = 1, page_size: int = 0,
-    dtype: torch.dtype = BF16, source: dict[str, Any] | None = None, **options: Any,
+    dtype: torch.dtype = BF16, source: dict[str, Any] | None = None, seed: int = 0, **options: Any,
 ) -> AttentionCase:  # fmt: skip
     """Keys of some sequences; causal unless told. What must not be read is NaN."""
     options.setdefault("causal", True)
-    shape, drawn = Heads(*heads, width, width), Source(dtype, **{"std": 0.5, **(source or {})})
+    shape, drawn = (
+        Heads(*heads, width, width),
+        Source(dtype, seed=seed, **{"std": 0.5, **(source or {})}),
+    )
     if page_size:
         return paged_case(seqlen_q, lengths, page_size, shape, Options(**options), drawn)
     return dense_case(
@@ -369,30 +372,35 @@ def test_machine_code():
 
 # ------------------------------------------------------------------------------- the whole of it
 
+CUTS: dict[str, tuple[int | None, ...]] = {"auto": (None,), "1": (1,), "2, 5": (2, 5)}
+TURNS: list[dict[str, Any]] = [{}, {"sink": True}, {"window": (70, 0)}, {"softcap": 5.0}]
 MATRIX = [
-    (width, heads, seqlen_q, splits, index)
-    for index, (width, heads, seqlen_q, splits) in enumerate(
-        itertools.product(
-            (64, 128, 256, 512), ((2, 2), (4, 1), (8, 1), (6, 2)), (1, 2, 4), (None, 1, 2, 5)
-        )
+    (width, cut, wide, index)
+    for index, (width, cut, wide) in enumerate(
+        itertools.product((64, 128, 256, 512), CUTS, (False, True))
     )
 ]
-TURNS: list[dict[str, Any]] = [{}, {"sink": True}, {"window": (70, 0)}, {"softcap": 5.0}]
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize(("width", "heads", "seqlen_q", "splits", "index"), MATRIX)
-def test_matrix(width, heads, seqlen_q, splits, index):
-    """Page sizes and options by turns, each with every width and every cut."""
-    page_size = (0, 16, 64, 128, 8)[index % 5]
-    case = case_of(heads, width, LENGTHS, seqlen_q, page_size, **TURNS[index % 7 % 4])
-    policy = POLICIES[index % 4]
-    check(case, *emulated(case, policy, 8 + index % 9, num_splits=splits))
+@pytest.mark.parametrize(("width", "cut", "wide", "index"), MATRIX)
+def test_matrix(width, cut, wide, index):
+    """A kernel each, of up to 16 rows or 32, with all groups and query lengths; page sizes and
+    options by turns."""
+    page_size, options = (0, 16, 64, 128, 8)[index % 5], TURNS[index % 7 % 4]
+    shapes = itertools.product(((2, 2), (4, 1), (8, 1), (6, 2)), (1, 2, 4))
+    if wide:
+        shapes = itertools.product(((8, 1), (10, 2), (32, 1)), (3, 4))
+    runs = list(itertools.product(shapes, CUTS[cut]))
+    for turn, ((heads, seqlen_q), splits) in enumerate(runs):
+        if (seqlen_q * heads[0] // heads[1] > 16) == wide:
+            case = case_of(heads, width, LENGTHS, seqlen_q, page_size, seed=turn, **options)
+            policy = POLICIES[turn % 4]
+            check(case, *emulated(case, policy, 8 + turn % 9, num_splits=splits))
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("width", [64, 256, 512])
-@pytest.mark.parametrize("splits", [None, 2])
+@pytest.mark.parametrize(("width", "splits"), [(64, None), (256, 2), (512, None)])
 def test_skips_of_every_width(width, splits):
     case = case_of((8, 2), width, [900, 1400, 0, 64], 2, 64, dtype=FP16, source=GAP)
     for policy in POLICIES:
@@ -400,17 +408,18 @@ def test_skips_of_every_width(width, splits):
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("name", OPS)
-@pytest.mark.parametrize(("width", "splits"), [(64, 1), (128, 3), (512, 2)])
+@pytest.mark.parametrize(
+    ("name", "width", "splits"),
+    [("scale", 64, 1), ("fp8", 128, 3), ("gate", 512, 2), ("nvfp4", 512, 2)],
+)
 def test_every_op(name, width, splits):
     epilogue(name, width, splits)
 
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("width", [64, 128, 256, 512])
-@pytest.mark.parametrize("present", [{}, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("heads_q", [16, 32])
-def test_machine_code_of_every_width(width, present, heads_q):
+def test_machine_code_of_every_width(width, heads_q):
     sizes: dict[str, Any] = {"head_dim": width, "head_dim_v": width, "heads_q": heads_q}
     sizes["heads_kv"] = 1
-    machine_code_of(replace(PROBLEM, **sizes, **present))
+    machine_code_of(replace(PROBLEM, **sizes, **ALL))

@@ -121,4 +121,3 @@ def write(plan: MlaPlan, work: Work, store: Store, mem: Global, shared: Shared, 
                 gRun = gO[None, None, (None, run)]
                 chunk = store.consume(mem.tma_o, gRun, shared.sO, barriers, chunk)
         place = work.pieces.next(place, piece)
-    cute.arch.cp_async_bulk_wait_group(0)

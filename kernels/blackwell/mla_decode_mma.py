@@ -96,7 +96,9 @@ class Products(Fixed):
 def mma(plan: MlaPlan, work: Work, shared: Shared, tmem: cute.Pointer, barriers: Barriers):
     """Reads: Q, sQ, sLatent, sRope, sP. Writes: S, O.
     Waits: q_full, k_full, rope_full, s_empty, p_ready, swapped, o_empty.
-    Signals: k_empty, rope_empty, s_full, pv_done, o_full. Registers: 120."""
+    Signals: k_empty, rope_empty, s_full, pv_done, o_full. Registers: 120.
+
+    Products of Q come behind the fence of s_empty, too, those of P behind that of p_ready."""
     products = Products(plan, shared, tmem)
     k, v = Cursor(plan.stages), Cursor(plan.stages)
     rope, p = Cursor(plan.rope_stages), Cursor(plan.p_stages)
@@ -108,7 +110,7 @@ def mma(plan: MlaPlan, work: Work, shared: Shared, tmem: cute.Pointer, barriers:
         keys = work.pieces.piece(place)
         fresh = Boolean(True)
         if keys.end > keys.begin:
-            barriers.wait_tmem("q_full", q_phase)
+            barriers.wait("q_full", q_phase)
             q_phase = q_phase ^ 1
         for n in cutlass.range(keys.begin, keys.end + Int32(keys.end > keys.begin), unroll=1):
             if n < keys.end:
@@ -128,7 +130,7 @@ def mma(plan: MlaPlan, work: Work, shared: Shared, tmem: cute.Pointer, barriers:
                 barriers.commit("s_full", s.index)
                 s = s.next()
             if n == keys.begin + 1:
-                barriers.wait_tmem("o_empty", o_phase ^ 1)
+                barriers.wait("o_empty", o_phase ^ 1)
                 o_phase = o_phase ^ 1
             if n > keys.begin:
                 barriers.wait_tmem("p_ready", ready.phase, ready.index)

@@ -268,7 +268,9 @@ def probabilities(group: Group, scores, halves: tuple[Float32, Float32], state, 
         before = plan.p_stages - 1 if progress.p_index == 0 else progress.p_index - 1
         barriers.wait_tmem("pv_done", progress.p_phase ^ Int32(progress.p_index == 0), before)
         rescale(plan, lane_address(tmem, thread) + plan.tmem["O"].start, fade)
-    barriers.wait("pv_done", progress.p_phase ^ 1, progress.p_index)
+    if cutlass.const_expr(plan.p_stages == 1):
+        # Of two buffers this one is free: S of this tile was made after P V from it.
+        barriers.wait("pv_done", progress.p_phase ^ 1, progress.p_index)
     # (ROW, KEY, UNIT): the thread's keys are part of a row of 128 bytes, or all of it
     row, half = thread % ROWS, thread // ROWS
     byte = half * plan.s_columns * 2

@@ -41,7 +41,7 @@ STEP = 2 * 32 * 16
 def swap(plan: MlaPlan, work: Work, shared: Shared, barriers: Barriers):
     """Reads: a stage of sLatent. Writes: a stage of the other CTA's sLatent, half of it by a bulk
     copy.
-    Waits: s_full, voted, given, moved. Signals: given, moved, swapped. Registers: 88."""
+    Waits: s_full or voted, given, moved. Signals: given, moved, swapped. Registers: 88."""
     thread = cute.arch.thread_idx()[0] % 64
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     half = plan.half_bytes // 2
@@ -60,11 +60,13 @@ def swap(plan: MlaPlan, work: Work, shared: Shared, barriers: Barriers):
     while work.pieces.more(place):
         keys = work.pieces.piece(place)
         for _ in cutlass.range(keys.begin, keys.end, unroll=1):
-            barriers.wait("s_full", s.phase, s.index)
             keep = Boolean(True)
             if cutlass.const_expr(plan.features.skip):
+                # Who votes has S.
                 barriers.wait("voted", s.phase, s.index)
                 keep = shared.keeps(s.index)
+            else:
+                barriers.wait("s_full", s.phase, s.index)
             if keep:
                 words = []
                 for offset in cutlass.range_constexpr(0, half, STEP):

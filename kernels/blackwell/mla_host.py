@@ -129,8 +129,9 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
             raise NotImplementedError("the MLA decode kernels need a cache of at least one page")
         if even and call.out.stride(1) != problem.heads_q * call.out.stride(2):
             raise NotImplementedError(
-                "the MLA decode kernel stores positions and heads as rows at even distances; got "
-                f"out with strides {call.out.stride()}"
+                "the MLA decode kernel stores the heads of all positions as rows at one distance: "
+                f"with {problem.seqlen_q} positions out.stride(1) must be "
+                f"{problem.heads_q} * out.stride(2); got strides {call.out.stride()}"
             )
         tensors = (
             call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,

@@ -56,7 +56,7 @@ def kernel_of(case: Any, features: dict[str, Any] | None = None, **changes: Any)
 
 
 @policies
-@pytest.mark.parametrize("heads", [64, 128])
+@pytest.mark.parametrize("heads", [64, 127])
 def test_lengths(policy, heads):
     """Several sequences on a CTA or pair: phases carry over from one work tile to the next."""
     case = harness.case_of(heads, 1, LENGTHS)

@@ -45,6 +45,24 @@ def test_calls(heads, seqlen_q, page_size, num_splits):
         check(case, out, lse)
 
 
+def test_output_in_a_wider_tensor():
+    """Some of the heads of it: of one position, but not of several."""
+    for heads, seqlen_q in ((127, 1), (65, 1), (33, 2)):
+        case = case_of(heads, seqlen_q, [70])
+        wide = torch.full((1, seqlen_q, 130, 512), math.nan, dtype=BF16)
+        out, lse = wide[:, :, 1 : heads + 1], torch.empty(1, heads, seqlen_q)
+        options = {"return_lse": True, "out": (out, lse), "backend": "emulator"}
+        if seqlen_q > 1:
+            reason = r"with 2 positions out.stride\(1\) must be 33 \* out.stride\(2\)"
+            with pytest.raises(NotImplementedError, match=reason):
+                mla_decode(**case._inputs, **options)
+            continue
+        with emulated_calls(POLICY):
+            mla_decode(**case._inputs, **options)
+        check(case, out, lse)
+        assert wide[:, :, [0, *range(heads + 1, 130)]].isnan().all()
+
+
 def test_max_logits():
     """Beside the LSE or without it, into tensors of the caller."""
     case = case_of(40, 1, [0, 600, 65], 32)

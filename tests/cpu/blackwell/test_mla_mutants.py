@@ -81,7 +81,7 @@ def test_order(name, heads):
         captured, policies=POLICIES, check=right, chosen=lambda mutant: mutant.order
     )
     print(f"\n{name}, {heads} heads\n{report}")
-    # Of a work tile's last S: its p_ready, with a fence of its own, comes before the next S. And in a
+    # Before the S that follows a work tile's last comes q_full, with a fence of its own. And in a
     # pair both stages of a tile are released at once; with rope columns that wait is redundant.
     expected = ["tcgen05.fence"] + ["mbarrier wait"] * (name == "narrow" and heads == 128)
     assert [outcome.mutant.group for outcome in report.missed_order] == expected, str(report)

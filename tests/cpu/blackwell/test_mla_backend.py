@@ -51,7 +51,9 @@ def test_output_in_a_wider_tensor():
         case = case_of(heads, seqlen_q, [70])
         wide = torch.full((1, seqlen_q, 130, 512), math.nan, dtype=BF16)
         out, lse = wide[:, :, 1 : heads + 1], torch.empty(1, heads, seqlen_q)
-        options = {"return_lse": True, "out": (out, lse), "backend": "emulator"}
+        options: dict[str, Any] = {
+            "return_lse": True, "out": (out, lse), "backend": "emulator",
+        }  # fmt: skip
         if seqlen_q > 1:
             reason = r"with 2 positions out.stride\(1\) must be 33 \* out.stride\(2\)"
             with pytest.raises(NotImplementedError, match=reason):

@@ -45,6 +45,7 @@ class Group(NamedTuple):
     scalars: Scalars
     tmem: cute.Pointer
     barriers: Barriers
+    warp: Int32  # of all softmax warps
     t: Int32  # Q tile
     thread: Int32  # its row
 
@@ -85,7 +86,8 @@ def softmax(
     Reads: S. Writes: P over S, sScale, sMax, sVotes.
     Waits: s_full, decided, decision_read, stats_empty.
     Signals: decided, fade, p_ready, p_last, stats_full. Registers: 192."""
-    t = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    t = warp // 4
     thread = cute.arch.thread_idx()[0] % 128
     phases = SoftmaxPhases(Int32(0), Int32(0))
     counts = Counts(Int32(0), Int32(0))
@@ -100,7 +102,9 @@ def softmax(
             # A division has a call in it, across which no uniform register lives.
             relative = skip * cute.arch.rcp_approx(Float32(cutlass.max(tile.seqlen_k, 1)))
             threshold = raw_threshold(relative, scalars.scale_log2)
-        group = Group(work, shared, scalars._replace(skip=threshold), tmem, barriers, t, thread)
+        group = Group(
+            work, shared, scalars._replace(skip=threshold), tmem, barriers, warp, t, thread
+        )
         state = RowState(Float32(EMPTY), Float32(0.0), needed)
         if cutlass.const_expr(plan.features.skip):  # noqa: SIM102  (compile and run time)
             if keys.any:
@@ -163,7 +167,7 @@ def softmax_step(
 
     With skip-softmax a warp tells what its rows vote and goes on as if the tile were kept, until it
     has the first exponentials: by then the other warps' votes are in, and nobody has waited."""
-    work, shared, scalars, tmem, barriers, t, thread = group
+    work, shared, scalars, tmem, barriers, _, t, thread = group
     plan = work.plan
     s0 = plan.tmem["S0"].start
     tS = tmem_row(tmem, thread) + s0 + t * plan.tile_n
@@ -239,9 +243,8 @@ def score_row(plan: Plan, tS: Int32, scalars: Scalars) -> list[Float32]:
 
 def tell_fade(group: Group, fade: Float32) -> None:
     """Tell the correction what is left of O; it has read what it was told before."""
-    shared, barriers, t, thread = group.shared, group.barriers, group.t, group.thread
-    shared.sScale[thread, t] = fade
-    barriers.tell("fade", 4 * t + thread // 32)
+    group.shared.sScale[group.thread, group.t] = fade
+    group.barriers.tell("fade", group.warp)
 
 
 def probabilities(
@@ -249,7 +252,7 @@ def probabilities(
     total: Float32,
 ) -> Float32:  # fmt: skip
     """P of a kept tile, whose first values are ``ahead``, handed to the MMA; ``total`` + Σ P."""
-    work, _, scalars, _, barriers, t, _ = group
+    work, _, scalars, _, barriers, _, t, _ = group
     plan = work.plan
     quarter = plan.tile_n // 4
     p = list(ahead)

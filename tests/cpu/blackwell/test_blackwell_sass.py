@@ -200,17 +200,25 @@ def test_machine_code_of_epilogue_ops(op, out_dtype, instruction, features, tmp_
     assert instruction in code
 
 
-def sample(seed: int, count: int) -> list[Any]:
+OPS = [
+    (Op(), None),
+    (Op(), torch.float32),
+    (Op("nvfp4", (NUMBER,), SCALES), torch.uint8),
+    (Op("fp8", (NUMBER,)), torch.float8_e4m3fn),
+    (Op("gate", (ROWS,)), None),
+]
+PER_HEAD = Kind(torch.float32, 1, False)
+HEAD_OPS = [
+    (Op("scale", (PER_HEAD,)), None),
+    (Op("scale", (PER_HEAD,)), torch.float32),
+    (Op("fp8", (PER_HEAD,)), torch.float8_e4m3fn),
+]
+
+
+def sample(seed: int, count: int, ops: list[Any] = OPS) -> list[Any]:
     """Plans at random."""
     draw = random.Random(seed)
     variants: list[Any] = []
-    ops = [
-        (Op(), None),
-        (Op(), torch.float32),
-        (Op("nvfp4", (NUMBER,), SCALES), torch.uint8),
-        (Op("fp8", (NUMBER,)), torch.float8_e4m3fn),
-        (Op("gate", (ROWS,)), None),
-    ]
     names = ("window_left", "window_right", "lse", "sink", "softcap", "skip", "count", "packed")
     while len(variants) < count:
         present: dict[str, Any] = {name: draw.random() < 0.5 for name in (*names, "used")}
@@ -231,9 +239,14 @@ def sample(seed: int, count: int) -> list[Any]:
 
 @no_disassembler
 @pytest.mark.sweep
-@pytest.mark.parametrize("plan", sample(1, 40), ids=range(40))
-def test_no_variant_has_a_stack(plan, tmp_path):
+@pytest.mark.parametrize(
+    ("plan", "arch"),
+    [(plan, "sm_100a") for plan in sample(1, 40)]
+    + [(plan, "sm_103a") for plan in sample(2, 20, HEAD_OPS)],
+    ids=range(60),
+)
+def test_no_variant_has_a_stack(plan, arch, tmp_path):
     path = tmp_path / "kernel.cubin"
-    path.write_bytes(harness.build(plan, "sm_100a").cubin)
+    path.write_bytes(harness.build(plan, arch).cubin)
     usage = tool("cuobjdump", "-res-usage", str(path))
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), (plan, usage)

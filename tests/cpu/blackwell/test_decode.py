@@ -85,8 +85,12 @@ def skips(case: AttentionCase, policy: Policy, num_splits: int | None, rows: int
 
 
 @pytest.mark.parametrize(
-    ("width", "splits"), [(64, None), (128, None), (128, 1), (128, 3), (256, 3), (512, None)]
-)
+    ("width", "splits"),
+    [
+        (64, None), (128, None), (128, 1), (128, 3), (512, None),
+        pytest.param(256, 3, marks=pytest.mark.sweep),
+    ],
+)  # fmt: skip
 def test_widths(width, splits):
     """Several sequences, of which one is empty."""
     case = case_of((8, 2), width, LENGTHS, seqlen_q=2)
@@ -115,7 +119,7 @@ def test_pages(page_size, splits):
 @pytest.mark.parametrize(
     "options",
     [
-        {"window": (70, 30), "causal": False},
+        pytest.param({"window": (70, 30), "causal": False}, marks=pytest.mark.sweep),
         {"softcap": 30.0, "sink": True, "window": (130, 0)},
     ],
     ids=["both-sides", "all"],

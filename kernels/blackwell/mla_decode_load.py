@@ -27,9 +27,6 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
     """Reads: the latent cache and the block table. Writes: sLatent, sRope by TMA, sTokens.
     Waits: k_empty, rope_empty. Signals: k_full, rope_full. Registers: 120.
 
-    The last releases are waited for by nobody: o_full, for which the epilogue waits, is committed
-    after them.
-
     Rows past the sequence's length are outside of the tensor map (`ragged`), as is page −1, and
     arrive as zeros, whatever memory holds there."""
     kind = Gathers if plan.gather else Boxes
@@ -54,6 +51,15 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
                 boxes.fetch(half * plan.half_units, target, bar)
                 k = k.next()
         place = work.pieces.next(place, piece)
+    # The last releases come from the tensor core: stay until they are in. o_full is committed after
+    # them, but nothing promises that commits arrive in their order.
+    for _stage in cutlass.range_constexpr(plan.stages):
+        barriers.wait("k_empty", k.empty_phase, k.index)
+        k = k.next()
+    if cutlass.const_expr(plan.rope):
+        for _stage in cutlass.range_constexpr(plan.rope_stages):
+            barriers.wait("rope_empty", rope.empty_phase, rope.index)
+            rope = rope.next()
 
 
 @cute.jit

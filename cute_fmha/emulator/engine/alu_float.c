@@ -17,18 +17,19 @@ ALWAYS_INLINE uint32_t outcome(float value, int how) {
     return how & FTZ ? flush32(bits) : bits;
 }
 
-/* The smallest normal number is flushed where the exact product is too small for it with an exponent
- * without bounds, as on an H200. */
-ALWAYS_INLINE uint32_t flush_tiny(uint32_t bits, double exact) {
-    if ((bits & 0x7fffffff) != 0x00800000) return bits;
-    double limit = 0x1p-126 * (1 - (fegetround() == FE_TONEAREST ? 0x1p-25 : 0x1p-24));
-    return fabs(exact) < limit ? bits & 0x80000000 : bits;
+/* A result rounded up to the smallest normal number is flushed where it would not be one with an exponent
+ * without bounds, as on an H200: to nearest, half a step below goes to even; upwards, a whole one stays. */
+ALWAYS_INLINE bool rounds_below(double exact) {
+    bool nearest = fegetround() == FE_TONEAREST;
+    double size = fabs(exact), limit = 0x1p-126 * (1 - (nearest ? 0x1p-25 : 0x1p-24));
+    return size < limit || (size == limit && !nearest);
 }
+ALWAYS_INLINE bool is_smallest(uint32_t bits) { return (bits & 0x7fffffff) == 0x00800000; }
 
 /* An operation in its four versions; X: the expression of a, b, c;
- * EXACT: the same in double, where X can round up to a normal number. A pair of floats in 64 bits is two
- * lanes next to each other, so the packed forms are the same loops over twice the elements. */
-#define FLOAT_EXEC(NAME, HOW, SOURCES, COUNTS, X, EXACT)                                                     \
+ * TINY: whether the smallest normal number is flushed, where X can round up to it. A pair of floats in 64
+ * bits is two lanes next to each other, so the packed forms are the same loops over twice the elements. */
+#define FLOAT_EXEC(NAME, HOW, SOURCES, COUNTS, X, TINY)                                                      \
     static Status NAME(Warp *w, const Instr *in, uint32_t mask) {                                            \
         const uint32_t *pa = src32(w, in, &in->args[1], mask);                                               \
         const uint32_t *pb = SOURCES > 1 ? src32(w, in, &in->args[2], mask) : pa;                            \
@@ -36,11 +37,11 @@ ALWAYS_INLINE uint32_t flush_tiny(uint32_t bits, double exact) {
         uint32_t *d = dst32(w, &in->args[0], mask);                                                          \
         EACH_LANE(mask, float a = operand(pa[i], HOW); float b = operand(pb[i], HOW);                        \
                   float c = operand(pc[i], HOW); (void)b; (void)c; d[i] = outcome(X, HOW);                   \
-                  if (HOW & FTZ) d[i] = flush_tiny(d[i], EXACT));                                            \
+                  if (HOW & FTZ && is_smallest(d[i]) && (TINY)) d[i] &= 0x80000000);                         \
         if (COUNTS) count_fma(w, mask, 1);                                                                   \
         return NEXT;                                                                                         \
     }
-#define PAIR_EXEC(NAME, HOW, SOURCES, X, EXACT)                                                              \
+#define PAIR_EXEC(NAME, HOW, SOURCES, X, TINY)                                                               \
     static Status NAME(Warp *w, const Instr *in, uint32_t mask) {                                            \
         const uint32_t *pa = (const uint32_t *)src64(w, in, &in->args[1], mask);                             \
         const uint32_t *pb = (const uint32_t *)src64(w, in, &in->args[2], mask);                             \
@@ -52,37 +53,37 @@ ALWAYS_INLINE uint32_t flush_tiny(uint32_t bits, double exact) {
                 float a = operand(pa[i], HOW), b = operand(pb[i], HOW), c = operand(pc[i], HOW);             \
                 (void)c;                                                                                     \
                 d[i] = outcome(X, HOW);                                                                      \
-                if (HOW & FTZ) d[i] = flush_tiny(d[i], EXACT);                                               \
+                if (HOW & FTZ && is_smallest(d[i]) && (TINY)) d[i] &= 0x80000000;                            \
             }                                                                                                \
         } else {                                                                                             \
             FOR_LANES(mask, lane) for (uint32_t i = 2 * lane; i < 2 * lane + 2; i++) {                       \
                 float a = operand(pa[i], HOW), b = operand(pb[i], HOW), c = operand(pc[i], HOW);             \
                 (void)c;                                                                                     \
                 d[i] = outcome(X, HOW);                                                                      \
-                if (HOW & FTZ) d[i] = flush_tiny(d[i], EXACT);                                               \
+                if (HOW & FTZ && is_smallest(d[i]) && (TINY)) d[i] &= 0x80000000;                            \
             }                                                                                                \
         }                                                                                                    \
         return NEXT;                                                                                         \
     }
-#define FOUR(OP, SOURCES, COUNTS, X, EXACT)                                                                  \
-    FLOAT_EXEC(OP, 0, SOURCES, COUNTS, X, EXACT) FLOAT_EXEC(OP##_ftz, FTZ, SOURCES, COUNTS, X, EXACT)        \
-    FLOAT_EXEC(OP##_sat, SAT, SOURCES, COUNTS, X, EXACT)                                                     \
-    FLOAT_EXEC(OP##_ftz_sat, FTZ | SAT, SOURCES, COUNTS, X, EXACT)
-#define PAIR(OP, SOURCES, X, EXACT)                                                                          \
-    PAIR_EXEC(OP##_x2, 0, SOURCES, X, EXACT) PAIR_EXEC(OP##_x2_ftz, FTZ, SOURCES, X, EXACT)
+#define FOUR(OP, SOURCES, COUNTS, X, TINY)                                                                   \
+    FLOAT_EXEC(OP, 0, SOURCES, COUNTS, X, TINY) FLOAT_EXEC(OP##_ftz, FTZ, SOURCES, COUNTS, X, TINY)          \
+    FLOAT_EXEC(OP##_sat, SAT, SOURCES, COUNTS, X, TINY)                                                      \
+    FLOAT_EXEC(OP##_ftz_sat, FTZ | SAT, SOURCES, COUNTS, X, TINY)
+#define PAIR(OP, SOURCES, X, TINY)                                                                           \
+    PAIR_EXEC(OP##_x2, 0, SOURCES, X, TINY) PAIR_EXEC(OP##_x2_ftz, FTZ, SOURCES, X, TINY)
 #define EXECS(OP) {OP, OP##_ftz, OP##_sat, OP##_ftz_sat}
 
-FOUR(add, 2, 1, a + b, 1.0)
-FOUR(sub, 2, 1, a - b, 1.0)
-FOUR(mul, 2, 1, a * b, (double)a * b)
-FOUR(fuse, 3, 1, fmaf(a, b, c), fma(a, b, c))
-PAIR(add, 2, a + b, 1.0)
-PAIR(sub, 2, a - b, 1.0)
-PAIR(mul, 2, a * b, (double)a * b)
-PAIR(fuse, 3, fmaf(a, b, c), fma(a, b, c))
-FOUR(divide, 2, 0, a / b, 1.0)
-FOUR(rcp, 1, 0, 1.0f / a, 1.0)
-FOUR(root, 1, 0, sqrtf(a), 1.0)
+FOUR(add, 2, 1, a + b, false)
+FOUR(sub, 2, 1, a - b, false)
+FOUR(mul, 2, 1, a * b, rounds_below((double)a * b))
+FOUR(fuse, 3, 1, fmaf(a, b, c), rounds_below(fma(a, b, c)))
+PAIR(add, 2, a + b, false)
+PAIR(sub, 2, a - b, false)
+PAIR(mul, 2, a * b, rounds_below((double)a * b))
+PAIR(fuse, 3, fmaf(a, b, c), rounds_below(fma(a, b, c)))
+FOUR(divide, 2, 0, a / b, rounds_below((double)a / b))
+FOUR(rcp, 1, 0, 1.0f / a, rounds_below(1.0 / a))
+FOUR(root, 1, 0, sqrtf(a), false)
 
 OP1(neg, 32, 32, uint32_t, a ^ 0x80000000u)
 OP1(neg_ftz, 32, 32, uint32_t, flush32(a) ^ 0x80000000u)

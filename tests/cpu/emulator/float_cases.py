@@ -65,7 +65,7 @@ def rounded(
     Flushed is (as on an H200) what is below the normal numbers when rounded with an exponent
     without bounds."""
     smallest = Fraction(2) ** (1 - fmt.bias)
-    step = Fraction(1, 2 ** (fmt.mantissa + (2 if mode == "rn" else 1)))
+    raised = 2 ** (fmt.mantissa + 2)  # makes what is just below normal, too
 
     def of_codes(*codes: int) -> int:
         values = [fmt.decode(fmt.flush(code) if ftz else code) for code in codes]
@@ -74,9 +74,10 @@ def rounded(
             value = clamp_to_one(value)
         if relu and value <= 0:
             value = 0.0
-        if ftz and isinstance(value, Fraction) and abs(value) < smallest * (1 - step):
-            return fmt.sign if value < 0 else 0
         code = fmt.encode(value, mode)
+        if ftz and isinstance(value, Fraction) and abs(value) < smallest:
+            unbounded = Fraction(fmt.decode(fmt.encode(value * raised, mode)))
+            return code if abs(unbounded) == smallest * raised else code & fmt.sign
         return fmt.flush(code) if ftz else code
 
     return of_codes

@@ -80,10 +80,7 @@ class Decode(MlaDecodeSmall):
             plan.cutting, mQ.shape[1] * (mQ.shape[2] // kv_heads), mQ.shape[0] * kv_heads, longest,
             scalars.num_splits,
         )  # fmt: skip
-        self.kernel(mem, scalars).launch(
-            grid=(cutlass.min(workers, ctas), 1, 1), block=(plan.threads, 1, 1),
-            min_blocks_per_mp=1, stream=stream,
-        )  # fmt: skip
+        self.start(mem, scalars, cutlass.min(workers, ctas), stream)
 
 
 def by_row(tensor: cute.Tensor) -> cute.Tensor:

@@ -15,11 +15,10 @@ from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
     SmallPlan,
     box_of,
 )
-from cute_fmha.kernels.blackwell.mla_plan import cut_of
+from cute_fmha.kernels.blackwell.mla_plan import crowded, cut_of
 from cute_fmha.kernels.blackwell.plan import Features, unsuited_target
 from cute_fmha.problem import Problem, Target
 from cute_fmha.tiling import ceil_div
-from cute_fmha.workspace import COUNTER_BYTES
 
 WIDTHS = (64, 128, 256, 512)
 """Head dims D = Dv."""
@@ -52,18 +51,17 @@ def make_decode_plan(
 
 
 def plan_of(problem: Problem) -> SmallPlan:
-    paged = problem.layout == "paged"
-    one_page = not paged or problem.page_size == problem.seqlen_k
     return make_decode_plan(
         problem.head_dim, problem.dtype, problem.out_dtype, Features.of(problem),
-        problem.seqlen_q * problem.group, box_of(problem.page_size, one_page, TILE_N), paged,
+        problem.seqlen_q * problem.group, box(problem), problem.layout == "paged",
         cut_of(problem.num_splits), op_of(problem),
     )  # fmt: skip
 
 
-def work_tiles(problem: Problem, plan: SmallPlan) -> int:
-    blocks: int = ceil_div(problem.seqlen_q * problem.group, plan.rows)
-    return blocks * problem.heads_kv * problem.batch
+def box(problem: Problem) -> int:
+    """Keys of a TMA box; see `box_of`."""
+    one_page = problem.layout != "paged" or problem.page_size == problem.seqlen_k
+    return box_of(problem.page_size, one_page, TILE_N)
 
 
 def cycles(problem: Problem, target: Target) -> float:
@@ -96,18 +94,13 @@ def can_implement(problem: Problem, target: Target) -> str | None:
         return f"the decode kernel has D = Dv in {WIDTHS}; got {dims}"
     if 0 in (problem.seqlen_q, problem.seqlen_k, problem.batch):
         return "the decode kernel needs at least one sequence, query and key"
-    one_page = problem.layout != "paged" or problem.page_size == problem.seqlen_k
-    if box_of(problem.page_size, one_page) in (0, GATHERED):
+    if box(problem) in (0, GATHERED):
         return (
             "the decode kernel takes pages of a multiple of 8 tokens, or one page a sequence; got "
             f"{problem.page_size}"
         )
     if problem.num_splits > 1:
-        plan = plan_of(problem)
-        counters = plan.slots.counters(plan.cut, 0, work_tiles(problem, plan))
-        if 4 * counters > COUNTER_BYTES:
-            return (
-                f"a fixed number of splits takes {counters} counters for {problem.batch} sequences "
-                f"of {problem.heads_kv} KV heads; a workspace has {COUNTER_BYTES // 4}"
-            )
+        whose = f"{problem.batch} sequences of {problem.heads_kv} KV heads"
+        if (reason := crowded(problem, plan_of(problem), whose)) is not None:
+            return reason
     return unsuited(problem)

@@ -70,17 +70,21 @@ def _host(problem: Problem, target: Target) -> Host | str:
     able = [host for host in hosts if reasons[host.NAME] is None]
     if not able:
         return "; ".join(dict.fromkeys(filter(None, reasons.values())))
-    few = problem.seqlen_q * problem.group <= FEW_ROWS
-    if few and prefill_host in able and decode_host in able:
+    if _few(problem) and prefill_host in able and decode_host in able:
         faster = decode_host.cycles(problem, target) < prefill_host.cycles(problem, target)
         return decode_host if faster else prefill_host
     return able[0]
 
 
+def _few(problem: Problem) -> bool:
+    return problem.seqlen_q * problem.group <= FEW_ROWS
+
+
 def declines(problem: Problem, target: Target) -> str | None:
     """Why another backend is the better choice, although a kernel can run ``problem``."""
-    few = problem.op == "attention" and problem.seqlen_q * problem.group <= FEW_ROWS
-    name = choose(problem, target).NAME
+    if problem.op != "attention":
+        return None
+    few, name = _few(problem), choose(problem, target).NAME
     if few and name == prefill_host.NAME:
         return "few query rows are left to kernels that split the keys"
     if not few and name == decode_host.NAME and prefill_host.can_implement(problem, target):

@@ -170,9 +170,12 @@ class MlaDecodeSmall:
             plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
             scalars.num_splits,
         )  # fmt: skip
+        self.start(mem, scalars, cutlass.min(workers, ctas), stream)
+
+    def start(self, mem: Global, scalars: Scalars, ctas: Int32, stream: CUstream) -> None:
+        """Launch ``ctas`` CTAs."""
         self.kernel(mem, scalars).launch(
-            grid=(cutlass.min(workers, ctas), 1, 1), block=(plan.threads, 1, 1),
-            min_blocks_per_mp=1, stream=stream,
+            grid=(ctas, 1, 1), block=(self.plan.threads, 1, 1), min_blocks_per_mp=1, stream=stream,
         )  # fmt: skip
 
     @cute.kernel

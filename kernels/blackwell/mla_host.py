@@ -15,10 +15,9 @@ from cute_fmha.kernels.blackwell.epilogue import (
     placeholders,
 )
 from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan
-from cute_fmha.kernels.blackwell.mla_plan import MlaPlans, can_implement, plan_of
+from cute_fmha.kernels.blackwell.mla_plan import MlaPlans, can_implement, plan_of, work_tiles
 from cute_fmha.kernels.blackwell.scores import multipliers
 from cute_fmha.problem import Problem, Target
-from cute_fmha.tiling import ceil_div
 from cute_fmha.workspace import COUNTER_BYTES, workspace_of
 
 if TYPE_CHECKING:
@@ -89,13 +88,16 @@ def stand_ins(
 
 def workspace_bytes(problem: Problem, target: Target) -> int:
     """Bytes of workspace that a call of ``problem`` needs."""
-    plan = plan_of(problem)
+    return split_bytes(problem, target, plan_of(problem))
+
+
+def split_bytes(problem: Problem, target: Target, plan: MlaPlans) -> int:
+    """Bytes of workspace that ``plan`` needs for ``problem``: none where nothing is cut."""
     if plan.cut is Cut.WHOLE:
         return 0
-    slots = plan.slots
-    work_tiles = ceil_div(problem.seqlen_q * problem.heads_q, plan.rows) * problem.batch
+    slots, count = plan.slots, work_tiles(problem, plan)
     workers = max(target.num_sms // slots.ranks, 1)
-    return COUNTER_BYTES + 4 * slots.floats(plan.cut, workers, work_tiles, problem.num_splits)
+    return COUNTER_BYTES + 4 * slots.floats(plan.cut, workers, count, problem.num_splits)
 
 
 def scalars_of(call: Call) -> tuple[float | int, ...]:
@@ -103,6 +105,14 @@ def scalars_of(call: Call) -> tuple[float | int, ...]:
     problem = call.problem
     window = (problem.window_left, problem.window_right)
     return (*multipliers(call), *window, call.skip_value, problem.num_splits)
+
+
+def tensors_of(call: Call, needed: int) -> tuple[torch.Tensor | None, ...]:
+    """The call's `mla_arguments.Tensors`, with ``needed`` bytes of workspace."""
+    return (
+        call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,
+        call.max_logits, call.sink, call.skip_tensor, call.stats, *split_tensors(call, needed),
+    )  # fmt: skip
 
 
 def split_tensors(call: Call, needed: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -133,10 +143,6 @@ def call_arguments(problem: Problem, target: Target) -> Callable[[Call], tuple[A
                 f"with {problem.seqlen_q} positions out.stride(1) must be "
                 f"{problem.heads_q} * out.stride(2); got strides {call.out.stride()}"
             )
-        tensors = (
-            call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,
-            call.max_logits, call.sink, call.skip_tensor, call.stats, *split_tensors(call, needed),
-        )  # fmt: skip
-        return tensors, scalars_of(call), ctas, op_arguments(call)
+        return tensors_of(call, needed), scalars_of(call), ctas, op_arguments(call)
 
     return arguments

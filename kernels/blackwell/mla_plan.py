@@ -67,15 +67,25 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     if reason is None and problem.seqlen_k == 0:
         return "the MLA decode kernels need a block table of at least one page"
     if reason is None and problem.num_splits > 1:
-        plan = plan_of(problem)
-        work_tiles = ceil_div(rows, plan.rows) * problem.batch
-        counters = plan.slots.counters(plan.cut, 0, work_tiles)
-        if 4 * counters > COUNTER_BYTES:
-            return (
-                f"a fixed number of splits takes {counters} counters for {problem.batch} "
-                f"sequences; a workspace has {COUNTER_BYTES // 4}"
-            )
+        return crowded(problem, plan_of(problem), f"{problem.batch} sequences")
     return reason
+
+
+def work_tiles(problem: Problem, plan: MlaPlans) -> int:
+    """Blocks of rows of every KV head; latents count as one."""
+    blocks: int = ceil_div(problem.seqlen_q * problem.group, plan.rows)
+    return blocks * problem.heads_kv * problem.batch
+
+
+def crowded(problem: Problem, plan: MlaPlans, whose: str) -> str | None:
+    """Why a fixed number of splits has more work tiles than a workspace counts; None if not."""
+    counters = plan.slots.counters(plan.cut, 0, work_tiles(problem, plan))
+    if 4 * counters <= COUNTER_BYTES:
+        return None
+    return (
+        f"a fixed number of splits takes {counters} counters for {whose}; a workspace has "
+        f"{COUNTER_BYTES // 4}"
+    )
 
 
 def plan_of(problem: Problem) -> MlaPlans:

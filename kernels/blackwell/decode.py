@@ -1,6 +1,6 @@
 """Decode of ordinary heads on Blackwell (sm_100a, sm_103a): operands swapped.
 
-The mathematics and the roles are those of `mla_decode_small`; what is different is that keys and
+The mathematics and the roles are those of `decode_transposed`; what is different is that keys and
 values are tensors of their own, of equal width D and with KV heads. Rows are (query position, head
 of the group), position-major; a work tile is at most 16 or 32 of them, of one KV head of one
 sequence. Per tile of 128 keys:
@@ -13,19 +13,19 @@ Hkv, D]; lengths [B], or none where every key is in use; out [B, Sq, Hq, D], lse
 64, 128, 256 or 512.
 
 Warps
-    0–3   softmax       as in `mla_decode_small`; a thread has four keys of N / 4 rows
+    0–3   softmax       as in `decode_transposed`; a thread has four keys of N / 4 rows
     4     mma           S = K Qᵀ, O += V P; owns TMEM
     5     load          block table, keys by TMA
     6     query         Q → shared memory
     7     load_values   values by TMA; with skip-softmax those of kept tiles only
 
-Shared memory at D = 128, N = 16 (`SmallPlan.shared_parts`)
+Shared memory at D = 128, N = 16 (`TransposedPlan.shared_parts`)
     Q 4 KiB | K: 3 parts of 128 columns × 128 keys, 32 KiB each | V: 3 | P: 2 of 4 KiB | O: 8 KiB
 A part is released when its product is done: K after S, V after P V; no tile has to fit whole.
 
 TMEM at D = 128, N = 16: O0 0–15, S0 16–31, S1 32–47. With skip-softmax there are four S and four P.
 
-Pipelines: `mla_decode_small.topology`.
+Pipelines: `decode_transposed.topology`.
 
 Timeline with skip-softmax, four tiles deep, in steady state
 
@@ -48,15 +48,15 @@ import cutlass.cute as cute
 from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
 from cutlass import Int32
 
+from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode, boxed
+from cute_fmha.kernels.blackwell.decode_transposed_plan import BLOCK
+from cute_fmha.kernels.blackwell.decode_transposed_work import Global
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
-from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall, boxed
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import BLOCK
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Global
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.worklist import most_workers
 
 
-class Decode(MlaDecodeSmall):
+class Decode(TransposedDecode):
     """The kernel of one plan."""
 
     @cute.jit

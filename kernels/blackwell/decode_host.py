@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from cute_fmha.kernels.blackwell.decode_plan import can_implement, cycles, plan_of
+from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
 from cute_fmha.kernels.blackwell.epilogue import op_arguments
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
 from cute_fmha.kernels.blackwell.mla_host import (
     scalars_of,
     skip_tiles,
@@ -30,7 +30,7 @@ NAME = "decode"
 OP = "attention"
 
 
-def compile_arguments(plan: SmallPlan) -> tuple[Any, tuple[Any, ...]]:
+def compile_arguments(plan: TransposedPlan) -> tuple[Any, tuple[Any, ...]]:
     """(kernel, placeholders). Every extent and stride is dynamic but the head dims."""
     from cute_fmha.kernels.blackwell.decode import Decode
 

@@ -1,4 +1,4 @@
-"""The plan of `decode`: a `SmallPlan` whose keys and values are tensors of their own."""
+"""The plan of `decode`: a `TransposedPlan` whose keys and values are tensors of their own."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.epilogue import Op, op_of, unsuited
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
+from cute_fmha.kernels.blackwell.decode_transposed_plan import (
     GATHERED,
     MOST_ROWS,
-    SmallPlan,
+    TransposedPlan,
     box_of,
 )
+from cute_fmha.kernels.blackwell.epilogue import Op, op_of, unsuited
 from cute_fmha.kernels.blackwell.mla_plan import crowded, cut_of
 from cute_fmha.kernels.blackwell.plan import Features, unsuited_target
 from cute_fmha.problem import Problem, Target
@@ -31,13 +31,13 @@ TILE_N = 128
 def make_decode_plan(
     width: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features, rows: int,
     box: int = TILE_N, paged: bool = False, cut: Cut = Cut.WHOLE, op: Op | None = None,
-) -> SmallPlan:  # fmt: skip
+) -> TransposedPlan:  # fmt: skip
     """As many stages as shared memory takes, of keys and of values alike.
 
     With skip-softmax four tiles may be decided on before the first one's values are there: that
     they are asked for only after the decision costs nothing as long as keys keep coming.
     """
-    plan = SmallPlan(
+    plan = TransposedPlan(
         width, width, dtype, out_dtype, features, 16 if rows <= 16 else MOST_ROWS, box,
         v_stages=1, r_stages=0, k_stages=1, tile_n=TILE_N, depth=4 if features.skip else 2,
         paged=paged, cut=cut, op=op or Op(),
@@ -50,7 +50,7 @@ def make_decode_plan(
             return plan
 
 
-def plan_of(problem: Problem) -> SmallPlan:
+def plan_of(problem: Problem) -> TransposedPlan:
     return make_decode_plan(
         problem.head_dim, problem.dtype, problem.out_dtype, Features.of(problem),
         problem.seqlen_q * problem.group, box(problem), problem.layout == "paged",

@@ -21,10 +21,10 @@ import peers_fa4
 from cute_fmha.emulator.capture import emulate
 from cute_fmha.emulator.machine import Counters, Policy
 from cute_fmha.emulator.model import B200
+from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode
+from cute_fmha.kernels.blackwell.decode_transposed_plan import box_of, make_few_plan
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
 from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan
-from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import box_of, make_small_plan
 
 POLICY = Policy("random", seed=1)
 LENGTHS = (1024, 2048)
@@ -40,8 +40,8 @@ def ours(heads: int, length: int, page_size: int = 64) -> Counters:
 def small(rows: int, length: int, page_size: int = 64) -> Counters:
     case = mla_harness.case_of(rows, 1, [length], page_size)
     dtype, features = torch.bfloat16, mla_harness.features_of(case)
-    plan = make_small_plan(576, 512, dtype, dtype, features, rows, box_of(page_size))
-    return mla_harness.run(MlaDecodeSmall(plan), case, POLICY).report.results[0].counters
+    plan = make_few_plan(576, 512, dtype, dtype, features, rows, box_of(page_size))
+    return mla_harness.run(TransposedDecode(plan), case, POLICY).report.results[0].counters
 
 
 def theirs(heads: int, length: int, one_cta: bool, page_size: int | None = None) -> Counters:

@@ -115,7 +115,8 @@ def problem(**changes):
 def test_which_kernel():
     """By the rows of a sequence: positions × heads."""
     kinds = {
-        (1, 1): ("SmallPlan", 16), (16, 1): ("SmallPlan", 16), (8, 4): ("SmallPlan", 32),
+        (1, 1): ("TransposedPlan", 16), (16, 1): ("TransposedPlan", 16),
+        (8, 4): ("TransposedPlan", 32),
         (33, 1): ("MlaPlan", 64), (64, 1): ("MlaPlan", 64), (65, 1): ("MlaPlan", 128),
         (128, 4): ("MlaPlan", 128),
     }  # fmt: skip

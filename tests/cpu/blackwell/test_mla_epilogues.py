@@ -20,14 +20,14 @@ from cutlass import Int32  # noqa: E402
 
 from cute_fmha.emulator.capture import compile_kernel, emulate  # noqa: E402
 from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
+from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode  # noqa: E402
+from cute_fmha.kernels.blackwell.decode_transposed_plan import (  # noqa: E402
+    MOST_ROWS,
+    make_few_plan,
+)
 from cute_fmha.kernels.blackwell.epilogue import Op, device_view  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_small import MlaDecodeSmall  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import (  # noqa: E402
-    MOST_ROWS,
-    make_small_plan,
-)
 
 BF16 = torch.bfloat16
 OPS = {
@@ -49,8 +49,8 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
     features, count = harness.features_of(case), seqlen_q * heads
     kernel: Any
     if count <= MOST_ROWS:
-        kernel = MlaDecodeSmall(
-            make_small_plan(width, 512, BF16, out.dtype, features, count, cut=cut, op=compiled_in)
+        kernel = TransposedDecode(
+            make_few_plan(width, 512, BF16, out.dtype, features, count, cut=cut, op=compiled_in)
         )
     else:
         page_size = case.kv_cache.shape[1]

@@ -12,8 +12,8 @@ import torch
 
 from cute_fmha import machine_code
 from cute_fmha.epilogues.base import Kind
+from cute_fmha.kernels.blackwell import decode_transposed_plan as small
 from cute_fmha.kernels.blackwell import launch, mla_host, prefill_host
-from cute_fmha.kernels.blackwell import mla_decode_small_plan as small
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.epilogue import Op
 from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan, make_plan
@@ -50,8 +50,8 @@ def read(host: Any, plan: Any, arch: str = "sm_100a") -> machine_code.MachineCod
     return machine_code.read(launch.binary_of(host, plan, arch).cubin)
 
 
-def few_rows(op: Op, out_dtype: torch.dtype, cut: Cut) -> small.SmallPlan:
-    return small.make_small_plan(
+def few_rows(op: Op, out_dtype: torch.dtype, cut: Cut) -> small.TransposedPlan:
+    return small.make_few_plan(
         576, 512, BF16, out_dtype, Features(window_right=True), 16, 64, cut, op
     )
 
@@ -87,7 +87,7 @@ def test_conversions_to_fp8_merge_with_nothing(host, plan):
     assert set(merged) == {"RZ"}
 
 
-def sample(seed: int, count: int) -> list[tuple[small.SmallPlan, str]]:
+def sample(seed: int, count: int) -> list[tuple[small.TransposedPlan, str]]:
     """Plans at random, and what they are compiled for."""
     draw = random.Random(seed)
     names = ("window_left", "window_right", "lse", "sink", "softcap", "skip", "count")
@@ -98,7 +98,7 @@ def sample(seed: int, count: int) -> list[tuple[small.SmallPlan, str]]:
             present[name] = present["skip"] and draw.random() < 0.5
         op, out_dtype = draw.choice(OPS)
         dtype = draw.choice([BF16, FP16])
-        plan = small.make_small_plan(
+        plan = small.make_few_plan(
             draw.choice([576, 576, 512]), 512, dtype, out_dtype or dtype, Features(**present),
             draw.choice([16, 32]), small.box_of(draw.choice([1, 8, 16, 32, 128])),
             draw.choice(list(Cut)), op,

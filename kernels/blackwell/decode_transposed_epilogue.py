@@ -1,4 +1,4 @@
-"""The end of a piece in `mla_decode_small`: O leaves TMEM, is transposed in shared memory, and
+"""The end of a piece in `decode_transposed`: O leaves TMEM, is transposed in shared memory, and
 goes to global memory as rows, 16 neighbouring columns of one row a thread."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.mla_decode_small_work import EXCHANGE, Group
+from cute_fmha.kernels.blackwell.decode_transposed_work import EXCHANGE, Group
 from cute_fmha.kernels.blackwell.mla_output import caught_up, outcome, write
 from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
@@ -45,7 +45,7 @@ def swizzled(group: Group, row: Int32, column: Int32) -> Int32:
 @cute.jit
 def finish(group: Group, store: Store, place: Place, piece: Piece, state, count: Int32):
     """Of a piece that has tiles, ``count`` so far in all, store O and LSE, or its partial result if
-    it is not a whole work tile. ``state``: `Rows` of `mla_decode_small_softmax`."""
+    it is not a whole work tile. ``state``: `Rows` of `decode_transposed_softmax`."""
     shared, rows = group.shared, group.rows()
     totals, tops = [], list(state.largest)
     for i in cutlass.range_constexpr(len(rows)):

@@ -1,4 +1,4 @@
-"""The softmax warpgroup of `mla_decode_small`: scores lie transposed, tokens along TMEM lanes.
+"""The softmax warpgroup of `decode_transposed`: scores lie transposed, tokens along TMEM lanes.
 
 A warp has 16 tokens of a tile in 16 lanes (of a tile of 128 tokens 32), and reads them as fragments
 of 16, so that all its threads have work: thread t holds tokens t / 4 and t / 4 + 8 of a fragment,
@@ -21,10 +21,9 @@ from cutlass import Boolean, Float32, Int32, Int64
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_small_epilogue import finish, nothing
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
-from cute_fmha.kernels.blackwell.mla_decode_small_work import (
+from cute_fmha.kernels.blackwell.decode_transposed_epilogue import finish, nothing
+from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
+from cute_fmha.kernels.blackwell.decode_transposed_work import (
     EXCHANGE,
     VOTE,
     Global,
@@ -33,6 +32,7 @@ from cute_fmha.kernels.blackwell.mla_decode_small_work import (
     Work,
     turn,
 )
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.softmax import (
     ABSENT,
@@ -131,8 +131,8 @@ def masked(group: Group, piece: Piece, n: Int32, scores: list[Float32]) -> list[
 
 @cute.jit
 def softmax(
-    plan: SmallPlan, dtype, store: Store, work: Work, mem: Global, shared: Shared, scalars: Scalars,
-    tmem: cute.Pointer, barriers: Barriers,
+    plan: TransposedPlan, dtype, store: Store, work: Work, mem: Global, shared: Shared,
+    scalars: Scalars, tmem: cute.Pointer, barriers: Barriers,
 ):  # fmt: skip
     """Reads: S, O. Writes: P, sKeep, O, LSE and the largest logits in global memory.
     Waits: s_full, o_full. Signals: p_full."""

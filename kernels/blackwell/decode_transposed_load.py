@@ -1,4 +1,4 @@
-"""The warps of `mla_decode_small` and `decode` that bring latents, keys, values and queries."""
+"""The warps of `decode_transposed` and `decode` that bring latents, keys, values and queries."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import (
+from cute_fmha.kernels.blackwell.decode_transposed_plan import (
     BLOCK,
-    SmallPlan,
+    TransposedPlan,
 )
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Global, Shared, Work, turn
+from cute_fmha.kernels.blackwell.decode_transposed_work import Global, Shared, Work, turn
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
 from cute_fmha.kernels.blackwell.ragged import corner
 from cute_fmha.kernels.blackwell.worklist import Piece
@@ -27,7 +27,7 @@ ROW_BYTES = 128
 
 
 @cute.jit
-def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
+def lookup(plan: TransposedPlan, mem: Global, piece: Piece, n: Int32):
     """What a lane looks up in the table for tile ``n``: where box ``lane`` lies, in coordinates
     (PAGE_ROW, PAGE, END) of a `ragged` map, with KV heads (PAGE_ROW, HEAD, PAGE, END); gathered,
     the pages of tokens ``lane``, ``lane`` + 32.
@@ -59,12 +59,12 @@ def lookup(plan: SmallPlan, mem: Global, piece: Piece, n: Int32):
     return result
 
 
-def box_of_lane(plan: SmallPlan) -> Any:
+def box_of_lane(plan: TransposedPlan) -> Any:
     """The box that a lane looks up; those without one do as the last one does."""
     return 0 if plan.boxes == 1 else cutlass.min(cute.arch.lane_idx(), plan.boxes - 1)
 
 
-def together(plan: SmallPlan, stages: int) -> int:
+def together(plan: TransposedPlan, stages: int) -> int:
     """Parts that are fetched box by box, so that what finds a box is read once for them: two, if
     tiles have several boxes and the ring has room for two tiles beside the two parts. For latents
     and 32 rows it has not, and waiting for two takes 10 % longer in the emulator's model."""
@@ -100,7 +100,7 @@ class Boxes(Fixed):
     """The boxes of one tile: what `lookup` gave every lane, made known to the one that fetches."""
 
     def __init__(
-        self, plan: SmallPlan, tma: cute.CopyAtom, sBoxes: cute.Tensor, found: Any
+        self, plan: TransposedPlan, tma: cute.CopyAtom, sBoxes: cute.Tensor, found: Any
     ) -> None:
         self.plan = plan
         self.tensor_map = ptx.tensor_map(tma)
@@ -134,7 +134,7 @@ class Boxes(Fixed):
 
 
 @cute.jit
-def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
+def load(plan: TransposedPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
     """As ``load`` latents, or keys where values are a tensor of their own; these as
     ``load_values``, and none of a tile that is skipped.
 
@@ -197,7 +197,7 @@ def load(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Bar
 
 
 @cute.jit
-def query(plan: SmallPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
+def query(plan: TransposedPlan, work: Work, mem: Global, shared: Shared, barriers: Barriers):
     """16 bytes a lane at a time; rows that do not exist become 0.
 
     Reads: Q in global memory. Writes: sQ. Waits: q_empty. Signals: q_full.

@@ -16,14 +16,14 @@ import torch
 from cute_fmha.emulator.capture import capture
 from cute_fmha.emulator.mutate import STRICT_POLICIES, run_mutants
 from cute_fmha.kernels.blackwell import cutting
-from cute_fmha.kernels.blackwell import mla_decode_small_plan as plans
+from cute_fmha.kernels.blackwell import decode_transposed_plan as plans
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import Problem, SkipSoftmax, Target
 from cute_fmha.testing import error_report
 
 cutlass = pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 harness = pytest.importorskip("mla_harness")
-small = pytest.importorskip("cute_fmha.kernels.blackwell.mla_decode_small")
+small = pytest.importorskip("cute_fmha.kernels.blackwell.decode_transposed")
 triton = pytest.importorskip("triton")
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -46,11 +46,11 @@ def tool(name: str, *arguments: str) -> str:
 def kernel_of(case: Any, box: int = 64, out_dtype: Any = None, features: Any = None, **changes):
     """The kernel of a case's plan with ``changes``."""
     _, seqlen_q, heads, width = case.q.shape
-    plan = plans.make_small_plan(
+    plan = plans.make_few_plan(
         width, 512, case.q.dtype, out_dtype or case.q.dtype,
         harness.features_of(case, **(features or {})), seqlen_q * heads, box,
     )  # fmt: skip
-    return small.MlaDecodeSmall(replace(plan, **changes))
+    return small.TransposedDecode(replace(plan, **changes))
 
 
 @policies
@@ -199,8 +199,8 @@ def test_splits(cut, num_splits):
 def test_more_rows_than_a_tile():
     """40 heads are two work tiles of 32 rows."""
     case = harness.case_of(40, 1, [600, 70])
-    kernel = small.MlaDecodeSmall(
-        plans.make_small_plan(
+    kernel = small.TransposedDecode(
+        plans.make_few_plan(
             576, 512, BF16, BF16, harness.features_of(case), 32, cut=cutting.Cut.SHARE
         )
     )
@@ -262,9 +262,9 @@ def test_a_quarter_of_the_tensor_core_and_half_of_the_instructions(page_size):
 def test_machine_code(features, rows, box, cut, tmp_path):
     """Tensor-core instructions, no stack, no spills."""
     present = Features(window_right=True, **features)
-    plan = plans.make_small_plan(576, 512, BF16, BF16, present, rows, box, cutting.Cut(cut))
+    plan = plans.make_few_plan(576, 512, BF16, BF16, present, rows, box, cutting.Cut(cut))
     path = tmp_path / "kernel.cubin"
-    kernel = harness.build(small.MlaDecodeSmall(plan), options="--keep-cubin")
+    kernel = harness.build(small.TransposedDecode(plan), options="--keep-cubin")
     path.write_bytes(kernel.__cubin__)
     usage = tool("cuobjdump", "-res-usage", str(path))
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
@@ -282,15 +282,15 @@ def test_plans():
     stages = {}
     for width in (576, 512):
         for rows in (16, 32):
-            plan = plans.make_small_plan(width, 512, BF16, BF16, features, rows)
+            plan = plans.make_few_plan(width, 512, BF16, BF16, features, rows)
             stages[width, rows] = plan.v_stages
             assert plan.shared_bytes <= 227 << 10 < plan.shared_bytes + plan.part_bytes
     assert stages == {(576, 16): 11, (576, 32): 9, (512, 16): 12, (512, 32): 10}
     with pytest.raises(ValueError, match="rows must be 16 or 32"):
-        plans.SmallPlan(576, 512, BF16, BF16, features, rows=64)
+        plans.TransposedPlan(576, 512, BF16, BF16, features, rows=64)
     with pytest.raises(ValueError, match=r"shared memory: .*'V': 212992"):
-        plans.SmallPlan(576, 512, BF16, BF16, features, v_stages=13)
-    counts = small.topology(plans.SmallPlan(576, 512, BF16, BF16, features))
+        plans.TransposedPlan(576, 512, BF16, BF16, features, v_stages=13)
+    counts = small.topology(plans.TransposedPlan(576, 512, BF16, BF16, features))
     assert [counts.arrivals(name) for name in ("q_full", "v_full", "p_full")] == [2, 1, 4]
 
 

@@ -1,4 +1,4 @@
-"""The plan of `mla_decode_small`: tiles, rings, warps, TMEM, all before tracing."""
+"""The plan of `decode_transposed`: tiles, rings, warps, TMEM, all before tracing."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ GATHERED = 4
 
 
 @dataclass(frozen=True)
-class SmallPlan:
+class TransposedPlan:
     """Everything about one kernel.
 
     A tile is ``tile_n`` tokens, and comes in parts: the value columns in parts of 128, then the
@@ -208,12 +208,12 @@ class SmallPlan:
 
 
 @functools.cache
-def make_small_plan(
+def make_few_plan(
     head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype,
     features: Features, rows: int, box: int = 64, cut: Cut = Cut.WHOLE, op: Op | None = None,
-) -> SmallPlan:  # fmt: skip
+) -> TransposedPlan:  # fmt: skip
     """As many stages as shared memory takes."""
-    plan = SmallPlan(
+    plan = TransposedPlan(
         head_dim, head_dim_v, dtype, out_dtype, features, 16 if rows <= 16 else MOST_ROWS, box,
         v_stages=2 * head_dim_v // COLUMNS, cut=cut, op=op or Op(),
     )  # fmt: skip

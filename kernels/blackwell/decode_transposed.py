@@ -1,8 +1,8 @@
 """MLA decode for few rows on Blackwell (sm_100a, sm_103a): operands swapped.
 
-Rows are (query position, head), position-major, at most 16 or 32 (``SmallPlan.rows`` = N). As rows
-of A they would be padded to 64 or 128; here they are B, and what A has many of are tokens and value
-columns. Per tile of 64 tokens with latents L [64, 576], of which V = L[:, :512]:
+Rows are (query position, head), position-major, at most 16 or 32 (``TransposedPlan.rows`` = N). As
+rows of A they would be padded to 64 or 128; here they are B, and what A has many of are tokens and
+value columns. Per tile of 64 tokens with latents L [64, 576], of which V = L[:, :512]:
 
     Sᵀ [64, N]  = L Qᵀ          A = L, K-major, M = 64
     Pᵀ [64, N]  = 2^(c·Sᵀ − c·m)
@@ -21,14 +21,14 @@ Warps
     5     load      block table, latents by TMA
     6, 7  query     Q → shared memory; rows that do not exist become 0
 
-Shared memory at N = 16 (swizzled rows of 128 bytes; `SmallPlan.shared_parts`)
+Shared memory at N = 16 (swizzled rows of 128 bytes; `TransposedPlan.shared_parts`)
     Q 18 KiB | V: 11 parts of 128 columns × 64 tokens, 16 KiB each | rope: 2 parts of 8 KiB
     | P: 2 of 2 KiB | O: 8 KiB, a part on its way out
 A tile is four parts and a rope part. They are fetched, multiplied and released one by one: 2¾ tiles
 of latents are in flight or in use. Every part is fetched once and read twice.
 
-TMEM, in 32-bit columns, N = 16 (`SmallPlan.tmem`): a lane of O is a value column, S has 16 tokens
-in the lower 16 lanes of each warp.
+TMEM, in 32-bit columns, N = 16 (`TransposedPlan.tmem`): a lane of O is a value column, S has 16
+tokens in the lower 16 lanes of each warp.
 
     0     16    32    48    64    80    96
     | O0  | O1  | O2  | O3  | S0  | S1  |
@@ -47,7 +47,7 @@ Timeline of tile n in steady state, when latents are what the CTA waits for
 
 If the parts of n + 1 are there first, QK (n + 1) is issued before PV (n) and hides the softmax.
 
-Constraints: `mla_decode_small_plan.can_implement`.
+Constraints: `decode_transposed_plan.can_implement`.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_transposed_load import load, query
+from cute_fmha.kernels.blackwell.decode_transposed_mma import mma
+from cute_fmha.kernels.blackwell.decode_transposed_plan import BLOCK, TransposedPlan
+from cute_fmha.kernels.blackwell.decode_transposed_softmax import softmax
+from cute_fmha.kernels.blackwell.decode_transposed_work import COMBINE, Global, Shared, Work
 from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
-from cute_fmha.kernels.blackwell.mla_decode_small_load import load, query
-from cute_fmha.kernels.blackwell.mla_decode_small_mma import mma
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import BLOCK, SmallPlan
-from cute_fmha.kernels.blackwell.mla_decode_small_softmax import softmax
-from cute_fmha.kernels.blackwell.mla_decode_small_work import COMBINE, Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_output import combine
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.ragged import ragged
@@ -76,8 +76,8 @@ from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
 
 
-def topology(plan: SmallPlan) -> Topology:
-    """The barriers of `mla_decode_small`.
+def topology(plan: TransposedPlan) -> Topology:
+    """The barriers of `decode_transposed`.
 
         load  ── v_full, r_full ──> mma ── s_full ──> softmax
               <─ v_empty, r_empty ─     <─ p_full ───
@@ -137,10 +137,10 @@ def boxed(tensor: cute.Tensor, shape: tuple[int, int]) -> tuple[cute.CopyAtom, c
     return atom, seen
 
 
-class MlaDecodeSmall:
+class TransposedDecode:
     """The kernel of one plan."""
 
-    def __init__(self, plan: SmallPlan) -> None:
+    def __init__(self, plan: TransposedPlan) -> None:
         self.plan = plan
         self.topology = topology(plan)
         self.dtype = DTYPES[plan.dtype]

@@ -1,4 +1,4 @@
-"""What the roles of `mla_decode_small` share: bundles of tensors, and the work of a CTA.
+"""What the roles of `decode_transposed` share: bundles of tensors, and the work of a CTA.
 
 All roles ask `Work` and nothing else, so that they agree on every tile without telling each other.
 """
@@ -15,8 +15,8 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Fixed
 from cute_fmha.kernels.blackwell.softmax import log2_threshold
 from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
@@ -71,7 +71,9 @@ class Shared(NamedTuple):
 class Work(Fixed):
     """The work of one CTA: ``pieces`` of work tiles, and where their partial results go."""
 
-    def __init__(self, plan: SmallPlan, mem: Global, scalars: Scalars, found: Any = None) -> None:
+    def __init__(
+        self, plan: TransposedPlan, mem: Global, scalars: Scalars, found: Any = None
+    ) -> None:
         self.plan = plan
         self.mem = mem
         self.scalars = scalars
@@ -129,7 +131,7 @@ class Work(Fixed):
         return log2_threshold(value / Float32(piece.length) if features.skip_relative else value)
 
 
-def turn(plan: SmallPlan, number: Int32) -> tuple[Int32, Int32]:
+def turn(plan: TransposedPlan, number: Int32) -> tuple[Int32, Int32]:
     """(buffer, parity of its phase) of a CTA's tile ``number``."""
     return number & (plan.depth - 1), number >> (plan.depth.bit_length() - 1) & 1
 
@@ -138,7 +140,7 @@ def turn(plan: SmallPlan, number: Int32) -> tuple[Int32, Int32]:
 class Group:
     """What a thread of the softmax warpgroup works with."""
 
-    plan: SmallPlan
+    plan: TransposedPlan
     dtype: Any
     work: Work
     mem: Global

@@ -1,4 +1,4 @@
-"""The MMA warp of `mla_decode_small`."""
+"""The MMA warp of `decode_transposed`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from cute_fmha.kernels.blackwell.mla_decode_small_plan import SmallPlan
-from cute_fmha.kernels.blackwell.mla_decode_small_work import Shared, Work, turn
+from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
+from cute_fmha.kernels.blackwell.decode_transposed_work import Shared, Work, turn
 from cute_fmha.kernels.blackwell.mma import Operand, instruction_descriptor, multiply
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 
@@ -31,7 +31,7 @@ class Operands:
     p: Operand  # (ROW, TOKEN, BUFFER), MN-major
 
 
-def operands(plan: SmallPlan, shared: Shared) -> Operands:
+def operands(plan: TransposedPlan, shared: Shared) -> Operands:
     """In a block, a K step of 16 columns is 32 bytes, one of 16 tokens two atoms."""
     width = plan.rows * plan.dtype.itemsize
     q_block = plan.rows * 128
@@ -58,7 +58,9 @@ def operands(plan: SmallPlan, shared: Shared) -> Operands:
 
 
 @cute.jit
-def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, barriers: Barriers):
+def mma(
+    plan: TransposedPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, barriers: Barriers
+):
     """Reads: sQ, sV, sR, sK, sP, sKeep. Writes: S, O in TMEM.
     Waits: q_full, v_full, r_full, k_full, p_full.
     Signals: q_empty, v_empty, r_empty, k_empty, s_full, o_full.
@@ -121,8 +123,8 @@ def mma(plan: SmallPlan, dtype, work: Work, shared: Shared, tmem: cute.Pointer, 
 
 @cute.jit
 def value_product(
-    plan: SmallPlan, dtype, ops: Operands, shared: Shared, tmem: cute.Pointer, barriers: Barriers,
-    number: Int32, held: Cursor, fresh: Boolean,
+    plan: TransposedPlan, dtype, ops: Operands, shared: Shared, tmem: cute.Pointer,
+    barriers: Barriers, number: Int32, held: Cursor, fresh: Boolean,
 ):  # fmt: skip
     """O (+)= P V of tile ``number``, part by part, each released at once; the next part's place."""
     o_kind = instruction_descriptor(

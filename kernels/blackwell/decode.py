@@ -1,23 +1,17 @@
-"""Decode of ordinary heads on Blackwell (sm_100a, sm_103a): operands swapped.
+"""Decode of ordinary heads on Blackwell (sm_100a, sm_103a): `decode_transposed` with keys and
+values that are tensors of their own, of equal width D and with KV heads.
 
-The mathematics and the roles are those of `decode_transposed`; what is different is that keys and
-values are tensors of their own, of equal width D and with KV heads. Rows are (query position, head
-of the group), position-major; a work tile is at most 16 or 32 of them, of one KV head of one
-sequence. Per tile of 128 keys:
+Rows are (query position, head of the group). Per tile of 128 keys:
 
-    Sᵀ [128, N] = K Qᵀ           A = K, K-major, M = 128
-    Oᵀ [D, N] = fade · Oᵀ + Vᵀ Pᵀ      A = V, MN-major, D / 128 times M = 128, or once M = 64
+    Sᵀ [128, N] = K Qᵀ                  A = K, K-major, M = 128
+    Oᵀ [D, N]   = fade · Oᵀ + Vᵀ Pᵀ     A = V, MN-major, D / 128 times M = 128, or once M = 64
 
 Shapes: q [B, Sq, Hq, D], k and v [B, Sk, Hkv, D] or, with a table [B, MAX_PAGES], [PAGES, PAGE,
 Hkv, D]; lengths [B], or none where every key is in use; out [B, Sq, Hq, D], lse [B, Hq, Sq]; D is
 64, 128, 256 or 512.
 
-Warps
-    0–3   softmax       as in `decode_transposed`; a thread has four keys of N / 4 rows
-    4     mma           S = K Qᵀ, O += V P; owns TMEM
-    5     load          block table, keys by TMA
-    6     query         Q → shared memory
-    7     load_values   values by TMA; with skip-softmax those of kept tiles only
+Warps as in `decode_transposed`: load brings keys, load_values values, with skip-softmax those of
+kept tiles only; query is one warp. A softmax thread has four keys of N / 4 rows.
 
 Shared memory at D = 128, N = 16 (`TransposedPlan.shared_parts`)
     Q 4 KiB | K: 3 parts of 128 columns × 128 keys, 32 KiB each | V: 3 | P: 2 of 4 KiB | O: 8 KiB

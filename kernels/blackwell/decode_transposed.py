@@ -1,58 +1,33 @@
-"""MLA decode for few rows on Blackwell (sm_100a, sm_103a): operands swapped.
+"""Decode on Blackwell (sm_100a, sm_103a) with swapped operands: S, P and O stand transposed.
 
-Rows are (query position, head), position-major, at most 16 or 32 (``TransposedPlan.rows`` = N). As
-rows of A they would be padded to 64 or 128; here they are B, and what A has many of are tokens and
-value columns. Per tile of 64 tokens with latents L [64, 576], of which V = L[:, :512]:
+Rows are (query position, head), position-major. A work tile is at most 16 or 32 of them
+(`TransposedPlan.rows` = N), of one KV head of one sequence: as rows of A they would be padded to 64
+or 128. Here they are B, and what A has many of are tokens and value columns. Per tile of T tokens
+with keys K [T, D] and values V [T, Dv]:
 
-    Sᵀ [64, N]  = L Qᵀ          A = L, K-major, M = 64
-    Pᵀ [64, N]  = 2^(c·Sᵀ − c·m)
-    Oᵀ [512, N] = fade · Oᵀ + Vᵀ Pᵀ      A = the same L, MN-major, four times M = 128
+    Sᵀ [T, N]  = K Qᵀ                    A = K, K-major, M = T
+    Pᵀ [T, N]  = 2^(c·Sᵀ − c·m)
+    Oᵀ [Dv, N] = fade · Oᵀ + Vᵀ Pᵀ       A = V, MN-major, M = 128 value columns at a time, or 64
 
 out = O / l, lse = ln 2 · (c·m + log2 l), c = scale · log2 e, l = ΣP. A sink joins m and l at the
 end; a softcap replaces S by tanh(scale / cap · S) and c by cap · log2 e. With skip-softmax a tile
 whose every row has c · (max S − running maximum) < log2 λ is left out before P and its product.
 
-Shapes: q [B, Sq, Hq, D], latents [PAGES, PAGE, 1, D], table [B, MAX_PAGES], lengths [B], out
-[B, Sq, Hq, Dv], lse [B, Hq, Sq]; (D, Dv) is (576, 512) or (512, 512). Unpaged: a page a sequence.
+Two kernels are made of this, which tell their shapes, memory and timelines: `mla_decode_few`, where
+K and V are the same latents and T = 64, and `decode`, where they are tensors of their own and
+T = 128. A tile is fetched, multiplied and released in parts of 128 columns.
 
 Warps
-    0–3   softmax   S → P, O · fade; at the end O / l and LSE to global memory
-    4     mma       S = L Qᵀ, O += V P; owns TMEM
-    5     load      block table, latents by TMA
-    6, 7  query     Q → shared memory; rows that do not exist become 0
-
-Shared memory at N = 16 (swizzled rows of 128 bytes; `TransposedPlan.shared_parts`)
-    Q 18 KiB | V: 11 parts of 128 columns × 64 tokens, 16 KiB each | rope: 2 parts of 8 KiB
-    | P: 2 of 2 KiB | O: 8 KiB, a part on its way out
-A tile is four parts and a rope part. They are fetched, multiplied and released one by one: 2¾ tiles
-of latents are in flight or in use. Every part is fetched once and read twice.
-
-TMEM, in 32-bit columns, N = 16 (`TransposedPlan.tmem`): a lane of O is a value column, S has 16
-tokens in the lower 16 lanes of each warp.
-
-    0     16    32    48    64    80    96
-    | O0  | O1  | O2  | O3  | S0  | S1  |
+    0–3   softmax       S → P, O · fade; at the end O / l and LSE to global memory
+    4     mma           S = K Qᵀ, O += V P; owns TMEM
+    5     load          block table, latents or keys by TMA
+    6, 7  query         Q → shared memory; rows that do not exist become 0
+       7  load_values   values by TMA where they are a tensor of their own; `query` is 6 alone then
 
 Pipelines: `topology`.
-
-Timeline of tile n in steady state, when latents are what the CTA waits for
-
-    load                 mma                       softmax
-    parts of n + 2       QK (n), part by part
-                         … rope(n): S complete
-    rope of n + 2        (n + 1 is not there)      e = c·S − c·m, vote, P(n)
-                         PV (n) <───────────────── P(n)
-    parts of n + 3 <──── release, part by part
-                         QK (n + 1), part by part
-
-If the parts of n + 1 are there first, QK (n + 1) is issued before PV (n) and hides the softmax.
-
-Constraints: `decode_transposed_plan.can_implement`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -68,12 +43,11 @@ from cute_fmha.kernels.blackwell.decode_transposed_plan import BLOCK, Transposed
 from cute_fmha.kernels.blackwell.decode_transposed_softmax import softmax
 from cute_fmha.kernels.blackwell.decode_transposed_work import COMBINE, Global, Shared, Work
 from cute_fmha.kernels.blackwell.device import DTYPES
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
+from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_output import combine
 from cute_fmha.kernels.blackwell.pipelines import Barriers
-from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
-from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
+from cute_fmha.kernels.blackwell.worklist import FOUND
 
 
 def topology(plan: TransposedPlan) -> Topology:
@@ -138,39 +112,13 @@ def boxed(tensor: cute.Tensor, shape: tuple[int, int]) -> tuple[cute.CopyAtom, c
 
 
 class TransposedDecode:
-    """The kernel of one plan."""
+    """The kernel of one plan; who calls it says where keys and values lie."""
 
     def __init__(self, plan: TransposedPlan) -> None:
         self.plan = plan
         self.topology = topology(plan)
         self.dtype = DTYPES[plan.dtype]
         self.store = Store(plan.rows, plan.leaving, DTYPES[plan.out_dtype])
-
-    @cute.jit
-    def __call__(
-        self, tensors: Tensors, scalars: Scalars, ctas: Int32, op: tuple[Any, ...] | None,
-        stream: CUstream,
-    ):  # fmt: skip
-        """Launch with at most ``ctas`` CTAs. ``op``: what the epilogue op reads, and its second
-        output."""
-        plan = self.plan
-        mQ, mKV, mTable = tensors[:3]
-        # (PAGE_ROW, D, PAGE)
-        mL = cute.make_tensor(mKV.iterator, cute.select(mKV.layout, mode=[1, 3, 0]))
-        if cutlass.const_expr(plan.gather):
-            # (PAGE, D), and boxes of one row
-            mL = cute.make_tensor(mL.iterator, cute.select(mL.layout, mode=[2, 1]))
-            shape = (1, BLOCK)
-        else:
-            mL = ragged(mL, 0)
-            shape = (plan.box, BLOCK)
-        tma, mL = boxed(mL, shape)
-        mem = Global(tma, mL, mQ, *tensors[2:], op)
-        workers = most_workers(
-            plan.cutting, mQ.shape[1] * mQ.shape[2], mQ.shape[0], mTable.shape[1] * mKV.shape[1],
-            scalars.num_splits,
-        )  # fmt: skip
-        self.start(mem, scalars, cutlass.min(workers, ctas), stream)
 
     def start(self, mem: Global, scalars: Scalars, ctas: Int32, stream: CUstream) -> None:
         """Launch ``ctas`` CTAs."""

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
-from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
+from cute_fmha.kernels.blackwell.epilogue import Leaving, Op
 from cute_fmha.kernels.blackwell.plan import (
     OTHER_BYTES,
     SHARED_BYTES,
     Features,
     Role,
-    unsuited_target,
 )
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap
-from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
 
 BLOCK = 64
 """Columns of a block: 128 bytes of a row, the swizzle atom's width."""
@@ -207,23 +205,6 @@ class TransposedPlan:
         return sum(self.shared_parts.values())
 
 
-@functools.cache
-def make_few_plan(
-    head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype,
-    features: Features, rows: int, box: int = 64, cut: Cut = Cut.WHOLE, op: Op | None = None,
-) -> TransposedPlan:  # fmt: skip
-    """As many stages as shared memory takes."""
-    plan = TransposedPlan(
-        head_dim, head_dim_v, dtype, out_dtype, features, 16 if rows <= 16 else MOST_ROWS, box,
-        v_stages=2 * head_dim_v // COLUMNS, cut=cut, op=op or Op(),
-    )  # fmt: skip
-    while True:
-        try:
-            plan = replace(plan, v_stages=plan.v_stages + 1)
-        except ValueError:
-            return plan
-
-
 def box_of(page_size: int, one_page: bool = False, tile_n: int = 64) -> int:
     """Tokens of a TMA box for pages of that size; 0 when there is no plan. ``one_page``: every
     sequence is one page, whatever its size."""
@@ -232,28 +213,3 @@ def box_of(page_size: int, one_page: bool = False, tile_n: int = 64) -> int:
     if page_size == 1:
         return GATHERED
     return next((b for b in BOXES if b <= tile_n and page_size > 0 and page_size % b == 0), 0)
-
-
-def can_implement(problem: Problem, target: Target) -> str | None:
-    """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
-    dims = (problem.head_dim, problem.head_dim_v)
-    rows = problem.seqlen_q * problem.heads_q
-    if (reason := unsuited_target(target)) is not None:
-        return reason
-    if problem.op != "mla_decode":
-        return f"the MLA decode kernel of few rows has no {problem.op}"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"the MLA decode kernel of few rows takes bfloat16 and float16; got {problem.dtype}"
-    if dims not in MLA_HEAD_DIMS:
-        return f"the MLA decode kernel of few rows has (D, Dv) in {MLA_HEAD_DIMS}; got {dims}"
-    if problem.batch == 0 or not 0 < rows <= MOST_ROWS:
-        return (
-            f"the MLA decode kernel of few rows takes 1 to {MOST_ROWS} rows (queries × heads) of "
-            f"at least one sequence; got {rows} of {problem.batch}"
-        )
-    if not box_of(problem.page_size, problem.page_size == problem.seqlen_k):
-        return (
-            "the MLA decode kernel of few rows takes pages of 1 or a multiple of 8 tokens, or one "
-            f"page a sequence; got {problem.page_size}"
-        )
-    return unsuited(problem)

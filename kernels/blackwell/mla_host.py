@@ -39,10 +39,10 @@ def skip_tiles(plan: MlaPlans) -> dict[str, Any]:
 
 def compile_arguments(plan: MlaPlans) -> tuple[Any, tuple[Any, ...]]:
     """(kernel, placeholders). Every extent and stride is dynamic but the head dims."""
-    from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode
     from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+    from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew
 
-    kernel = MlaDecode(plan) if isinstance(plan, MlaPlan) else TransposedDecode(plan)
+    kernel = MlaDecode(plan) if isinstance(plan, MlaPlan) else MlaDecodeFew(plan)
     return kernel, stand_ins(plan)
 
 

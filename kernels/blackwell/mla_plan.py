@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
-from cute_fmha.kernels.blackwell import decode_transposed_plan, mla_decode_plan
+from cute_fmha.kernels.blackwell import mla_decode_few_plan, mla_decode_plan
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.decode_transposed_plan import MOST_ROWS, TransposedPlan
+from cute_fmha.kernels.blackwell.decode_transposed_plan import MOST_ROWS, TransposedPlan, box_of
 from cute_fmha.kernels.blackwell.epilogue import op_of
 from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan
 from cute_fmha.kernels.blackwell.plan import Features
@@ -62,7 +62,7 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     if problem.op != "mla_decode":
         return f"the MLA decode kernels have no {problem.op}"
     rows = problem.seqlen_q * problem.heads_q
-    kernel = decode_transposed_plan if rows <= MOST_ROWS else mla_decode_plan
+    kernel = mla_decode_few_plan if rows <= MOST_ROWS else mla_decode_plan
     reason: str | None = kernel.can_implement(problem, target)
     if reason is None and problem.seqlen_k == 0:
         return "the MLA decode kernels need a block table of at least one page"
@@ -95,8 +95,8 @@ def plan_of(problem: Problem) -> MlaPlans:
     cut = cut_of(problem.num_splits)
     if rows <= MOST_ROWS:
         one_page = problem.page_size == problem.seqlen_k
-        box = decode_transposed_plan.box_of(problem.page_size, one_page)
-        return decode_transposed_plan.make_few_plan(
+        box = box_of(problem.page_size, one_page)
+        return mla_decode_few_plan.make_few_plan(
             problem.head_dim, problem.head_dim_v, problem.dtype, problem.out_dtype, features, rows,
             box, cut, op_of(problem),
         )  # fmt: skip

@@ -21,9 +21,10 @@ import peers_fa4
 from cute_fmha.emulator.capture import emulate
 from cute_fmha.emulator.machine import Counters, Policy
 from cute_fmha.emulator.model import B200
-from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode
-from cute_fmha.kernels.blackwell.decode_transposed_plan import box_of, make_few_plan
+from cute_fmha.kernels.blackwell.decode_transposed_plan import box_of
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew
+from cute_fmha.kernels.blackwell.mla_decode_few_plan import make_few_plan
 from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan
 
 POLICY = Policy("random", seed=1)
@@ -37,11 +38,11 @@ def ours(heads: int, length: int, page_size: int = 64) -> Counters:
     return mla_harness.run(kernel, case, POLICY).report.results[0].counters
 
 
-def small(rows: int, length: int, page_size: int = 64) -> Counters:
+def few_rows(rows: int, length: int, page_size: int = 64) -> Counters:
     case = mla_harness.case_of(rows, 1, [length], page_size)
     dtype, features = torch.bfloat16, mla_harness.features_of(case)
     plan = make_few_plan(576, 512, dtype, dtype, features, rows, box_of(page_size))
-    return mla_harness.run(TransposedDecode(plan), case, POLICY).report.results[0].counters
+    return mla_harness.run(MlaDecodeFew(plan), case, POLICY).report.results[0].counters
 
 
 def theirs(heads: int, length: int, one_cta: bool, page_size: int | None = None) -> Counters:
@@ -87,10 +88,10 @@ if __name__ == "__main__":
     show("FA4, 1 CTA, 64 heads", 1, lambda length: theirs(64, length, True))
     show("one CTA, 64 heads", 1, lambda length: ours(64, length))
     show("FA4, 1 CTA, 16 heads", 1, lambda length: theirs(16, length, True))
-    show("16 rows", 1, lambda length: small(16, length))
-    show("32 rows", 1, lambda length: small(32, length))
+    show("16 rows", 1, lambda length: few_rows(16, length))
+    show("32 rows", 1, lambda length: few_rows(32, length))
     for size in (16, 1):
-        big, few = partial(ours, page_size=size), partial(small, page_size=size)
+        big, few = partial(ours, page_size=size), partial(few_rows, page_size=size)
         peer, name = partial(theirs, one_cta=True, page_size=size), f"pages of {size}"
         show(f"FA4, {name}, 128 heads", 2, partial(peer, 128))
         show(f"a pair, {name}", 2, partial(big, 128))

@@ -20,13 +20,11 @@ from cutlass import Int32  # noqa: E402
 
 from cute_fmha.emulator.capture import compile_kernel, emulate  # noqa: E402
 from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
-from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode  # noqa: E402
-from cute_fmha.kernels.blackwell.decode_transposed_plan import (  # noqa: E402
-    MOST_ROWS,
-    make_few_plan,
-)
+from cute_fmha.kernels.blackwell.decode_transposed_plan import MOST_ROWS  # noqa: E402
 from cute_fmha.kernels.blackwell.epilogue import Op, device_view  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew  # noqa: E402
+from cute_fmha.kernels.blackwell.mla_decode_few_plan import make_few_plan  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
 
 BF16 = torch.bfloat16
@@ -49,7 +47,7 @@ def launch(op: EpilogueOp, case: Any, num_splits: int, policy: Any) -> Any:
     features, count = harness.features_of(case), seqlen_q * heads
     kernel: Any
     if count <= MOST_ROWS:
-        kernel = TransposedDecode(
+        kernel = MlaDecodeFew(
             make_few_plan(width, 512, BF16, out.dtype, features, count, cut=cut, op=compiled_in)
         )
     else:

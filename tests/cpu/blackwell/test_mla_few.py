@@ -16,15 +16,20 @@ import torch
 from cute_fmha.emulator.capture import capture
 from cute_fmha.emulator.mutate import STRICT_POLICIES, run_mutants
 from cute_fmha.kernels.blackwell import cutting
-from cute_fmha.kernels.blackwell import decode_transposed_plan as plans
+from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan, box_of
+from cute_fmha.kernels.blackwell.mla_decode_few_plan import can_implement, make_few_plan
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import Problem, SkipSoftmax, Target
 from cute_fmha.testing import error_report
 
-cutlass = pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("mla_harness")
-small = pytest.importorskip("cute_fmha.kernels.blackwell.decode_transposed")
-triton = pytest.importorskip("triton")
+pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+
+import cutlass
+import mla_harness as harness
+import triton
+
+from cute_fmha.kernels.blackwell.decode_transposed import topology
+from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -46,11 +51,11 @@ def tool(name: str, *arguments: str) -> str:
 def kernel_of(case: Any, box: int = 64, out_dtype: Any = None, features: Any = None, **changes):
     """The kernel of a case's plan with ``changes``."""
     _, seqlen_q, heads, width = case.q.shape
-    plan = plans.make_few_plan(
+    plan = make_few_plan(
         width, 512, case.q.dtype, out_dtype or case.q.dtype,
         harness.features_of(case, **(features or {})), seqlen_q * heads, box,
     )  # fmt: skip
-    return small.TransposedDecode(replace(plan, **changes))
+    return MlaDecodeFew(replace(plan, **changes))
 
 
 @policies
@@ -199,10 +204,8 @@ def test_splits(cut, num_splits):
 def test_more_rows_than_a_tile():
     """40 heads are two work tiles of 32 rows."""
     case = harness.case_of(40, 1, [600, 70])
-    kernel = small.TransposedDecode(
-        plans.make_few_plan(
-            576, 512, BF16, BF16, harness.features_of(case), 32, cut=cutting.Cut.SHARE
-        )
+    kernel = MlaDecodeFew(
+        make_few_plan(576, 512, BF16, BF16, harness.features_of(case), 32, cut=cutting.Cut.SHARE)
     )
     for policy in harness.POLICIES:
         harness.verify(kernel, case, policy, ctas=5)
@@ -240,7 +243,7 @@ def test_a_quarter_of_the_tensor_core_and_half_of_the_instructions(page_size):
     counters = []
     for length in (1024, 2048):
         case = harness.case_of(16, 1, [length], page_size)
-        result = harness.run(kernel_of(case, plans.box_of(page_size)), case, harness.POLICIES[1])
+        result = harness.run(kernel_of(case, box_of(page_size)), case, harness.POLICIES[1])
         counters.append(result.report.results[0].counters)
     tiles = 1024 / 128
     first, last = counters
@@ -262,9 +265,9 @@ def test_a_quarter_of_the_tensor_core_and_half_of_the_instructions(page_size):
 def test_machine_code(features, rows, box, cut, tmp_path):
     """Tensor-core instructions, no stack, no spills."""
     present = Features(window_right=True, **features)
-    plan = plans.make_few_plan(576, 512, BF16, BF16, present, rows, box, cutting.Cut(cut))
+    plan = make_few_plan(576, 512, BF16, BF16, present, rows, box, cutting.Cut(cut))
     path = tmp_path / "kernel.cubin"
-    kernel = harness.build(small.TransposedDecode(plan), options="--keep-cubin")
+    kernel = harness.build(MlaDecodeFew(plan), options="--keep-cubin")
     path.write_bytes(kernel.__cubin__)
     usage = tool("cuobjdump", "-res-usage", str(path))
     assert re.search(r"STACK:0 .*LOCAL:0 ", usage), usage
@@ -282,15 +285,15 @@ def test_plans():
     stages = {}
     for width in (576, 512):
         for rows in (16, 32):
-            plan = plans.make_few_plan(width, 512, BF16, BF16, features, rows)
+            plan = make_few_plan(width, 512, BF16, BF16, features, rows)
             stages[width, rows] = plan.v_stages
             assert plan.shared_bytes <= 227 << 10 < plan.shared_bytes + plan.part_bytes
     assert stages == {(576, 16): 11, (576, 32): 9, (512, 16): 12, (512, 32): 10}
     with pytest.raises(ValueError, match="rows must be 16 or 32"):
-        plans.TransposedPlan(576, 512, BF16, BF16, features, rows=64)
+        TransposedPlan(576, 512, BF16, BF16, features, rows=64)
     with pytest.raises(ValueError, match=r"shared memory: .*'V': 212992"):
-        plans.TransposedPlan(576, 512, BF16, BF16, features, v_stages=13)
-    counts = small.topology(plans.TransposedPlan(576, 512, BF16, BF16, features))
+        TransposedPlan(576, 512, BF16, BF16, features, v_stages=13)
+    counts = topology(TransposedPlan(576, 512, BF16, BF16, features))
     assert [counts.arrivals(name) for name in ("q_full", "v_full", "p_full")] == [2, 1, 4]
 
 
@@ -299,12 +302,12 @@ def test_what_can_be_implemented():
     plain = Problem(
         "mla_decode", "paged", False, BF16, BF16, 2, 1, 4096, 16, 1, 576, 512, page_size=64
     )
-    assert plans.can_implement(plain, target) is None
+    assert can_implement(plain, target) is None
     accepted: list[dict[str, Any]] = [
         {"seqlen_q": 2}, {"page_size": 1}, {"page_size": 4096}, {"heads_q": 32},
     ]  # fmt: skip
     for changes in accepted:
-        assert plans.can_implement(replace(plain, **changes), target) is None
+        assert can_implement(replace(plain, **changes), target) is None
     refused: dict[str, dict[str, Any]] = {
         "has no attention": {"op": "attention"},
         "got torch.float32": {"dtype": torch.float32},
@@ -315,8 +318,8 @@ def test_what_can_be_implemented():
         "got torch.float64": {"out_dtype": torch.float64},
     }
     for reason, changes in refused.items():
-        assert re.search(reason, plans.can_implement(replace(plain, **changes), target) or "")
-    assert [plans.box_of(size) for size in (1, 8, 16, 48, 128, 20)] == [4, 8, 16, 16, 64, 0]
+        assert re.search(reason, can_implement(replace(plain, **changes), target) or "")
+    assert [box_of(size) for size in (1, 8, 16, 48, 128, 20)] == [4, 8, 16, 16, 64, 0]
 
 
 def test_every_signal_is_needed():

@@ -12,10 +12,11 @@ import torch
 
 from cute_fmha import machine_code
 from cute_fmha.epilogues.base import Kind
-from cute_fmha.kernels.blackwell import decode_transposed_plan as small
 from cute_fmha.kernels.blackwell import launch, mla_host, prefill_host
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_transposed_plan import PART_BLOCKS, TransposedPlan, box_of
 from cute_fmha.kernels.blackwell.epilogue import Op
+from cute_fmha.kernels.blackwell.mla_decode_few_plan import make_few_plan
 from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan, make_plan
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.kernels.blackwell.plan import make_plan as prefill_plan
@@ -50,10 +51,8 @@ def read(host: Any, plan: Any, arch: str = "sm_100a") -> machine_code.MachineCod
     return machine_code.read(launch.binary_of(host, plan, arch).cubin)
 
 
-def few_rows(op: Op, out_dtype: torch.dtype, cut: Cut) -> small.TransposedPlan:
-    return small.make_few_plan(
-        576, 512, BF16, out_dtype, Features(window_right=True), 16, 64, cut, op
-    )
+def few_rows(op: Op, out_dtype: torch.dtype, cut: Cut) -> TransposedPlan:
+    return make_few_plan(576, 512, BF16, out_dtype, Features(window_right=True), 16, 64, cut, op)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +86,7 @@ def test_conversions_to_fp8_merge_with_nothing(host, plan):
     assert set(merged) == {"RZ"}
 
 
-def sample(seed: int, count: int) -> list[tuple[small.TransposedPlan, str]]:
+def sample(seed: int, count: int) -> list[tuple[TransposedPlan, str]]:
     """Plans at random, and what they are compiled for."""
     draw = random.Random(seed)
     names = ("window_left", "window_right", "lse", "sink", "softcap", "skip", "count")
@@ -98,9 +97,9 @@ def sample(seed: int, count: int) -> list[tuple[small.TransposedPlan, str]]:
             present[name] = present["skip"] and draw.random() < 0.5
         op, out_dtype = draw.choice(OPS)
         dtype = draw.choice([BF16, FP16])
-        plan = small.make_few_plan(
+        plan = make_few_plan(
             draw.choice([576, 576, 512]), 512, dtype, out_dtype or dtype, Features(**present),
-            draw.choice([16, 32]), small.box_of(draw.choice([1, 8, 16, 32, 128])),
+            draw.choice([16, 32]), box_of(draw.choice([1, 8, 16, 32, 128])),
             draw.choice(list(Cut)), op,
         )  # fmt: skip
         variants.append((plan, draw.choice(["sm_100a"] * 5 + ["sm_103a"])))
@@ -119,7 +118,7 @@ def test_no_variant_has_a_stack(plan, arch):
     """S of a part and of the rope columns, P V of a part at two places, 16 of K at a time."""
     code = read(mla_host, plan, arch)
     assert (code.stack, code.local, code.spills) == (0, 0, 0), plan
-    products = small.PART_BLOCKS * 4 + plan.rope_blocks * 4 + 2 * plan.tile_n // 16
+    products = PART_BLOCKS * 4 + plan.rope_blocks * 4 + 2 * plan.tile_n // 16
     assert code.count("UTCHMMA") == products
 
 

@@ -17,8 +17,8 @@ from cute_fmha.problem import Problem, SkipSoftmax, Target
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 harness = pytest.importorskip("mla_harness")
 
-from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402  (needs CuTe DSL)
+from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew  # noqa: E402
 from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan  # noqa: E402
 
 LENGTHS = [0, 1, 63, 64, 65, 1000]
@@ -42,7 +42,7 @@ def kernel_of(case: Any, num_splits: int, **features: Any) -> Any:
     )  # fmt: skip
     assert can_implement(problem, Target("cuda", 100, 148)) is None
     plan = plan_of(problem)
-    return MlaDecode(plan) if isinstance(plan, MlaPlan) else TransposedDecode(plan)
+    return MlaDecode(plan) if isinstance(plan, MlaPlan) else MlaDecodeFew(plan)
 
 
 @policies

@@ -1,26 +1,20 @@
-"""What the roles of `decode_transposed` share: bundles of tensors, and the work of a CTA.
-
-All roles ask `Work` and nothing else, so that they agree on every tile without telling each other.
-"""
+"""What the roles of `decode_transposed` share: bundles of tensors, and the work of a CTA."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int32
+from cutlass import Float32, Int32
 
-from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
+from cute_fmha.kernels.blackwell.decode_work import DecodeWork
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Fixed
+from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.softmax import log2_threshold
-from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
-from cute_fmha.kernels.blackwell.worklist import Piece, Sizes, WorkList, find
+from cute_fmha.kernels.blackwell.worklist import Piece, Sizes
 
 VOTE, EXCHANGE, COMBINE = 1, 2, 3
 """Named barriers: two of the softmax warpgroup, and one of all warps."""
@@ -68,67 +62,26 @@ class Shared(NamedTuple):
     sK: Any = None  # (TOKEN, 64, BOX, BLOCK, STAGE), as sV: keys that are a tensor of their own
 
 
-class Work(Fixed):
-    """The work of one CTA: ``pieces`` of work tiles, and where their partial results go."""
+class Work(DecodeWork):
+    """The work of a CTA: a cluster is one."""
 
     def __init__(
         self, plan: TransposedPlan, mem: Global, scalars: Scalars, found: Any = None
     ) -> None:
-        self.plan = plan
-        self.mem = mem
-        self.scalars = scalars
-        self.splitkv = SplitKV(**vars(plan.slots))
-        self.workspace = Workspace(mem.mCounters, mem.mPartial, Int32(0))
         kv_heads = 1 if plan.latent else mem.mL.shape[2]
         heads = mem.mQ.shape[2] if plan.latent else mem.mQ.shape[2] // kv_heads
-        self.sizes = Sizes(
+        sizes = Sizes(
             mem.mLens, mem.mQ.shape[1], heads, scalars.window_left, scalars.window_right,
             scalars.num_splits, cute.arch.grid_dim()[0], cute.arch.block_idx()[0],
             kv_heads, mem.mQ.shape[0], mem.mL.shape[0],
         )  # fmt: skip
-        self.pieces = WorkList(plan.cutting, self.sizes, found)
-
-    @cute.jit
-    def begin(self, found: Any):
-        """What one warp does before the roles start: see `worklist.find`, `SplitKV.start`."""
-        if cutlass.const_expr(self.plan.cut is Cut.SHARE):
-            find(self.plan.cutting, self.sizes, found)
-        if cutlass.const_expr(self.plan.cut is not Cut.WHOLE):
-            with cute.arch.elect_one():
-                self.splitkv.start(self.workspace)
-
-    def window(self) -> tuple[Any, Any]:
-        """Window sides; the Python integer −1 for a side that is not compiled in."""
-        features = self.plan.features
-        return (
-            self.scalars.window_left if features.window_left else -1,
-            self.scalars.window_right if features.window_right else -1,
-        )
-
-    def position(self, piece: Piece, row: Int32) -> tuple[Int32, Int32, Boolean]:
-        """(query position, head, whether it exists) of row ``row`` of a work tile."""
-        row = piece.block * self.plan.rows + row
-        exists = row < self.pieces.total_rows
-        row = cutlass.min(row, self.pieces.total_rows - 1)
-        position = row // self.sizes.heads
-        head = row - position * self.sizes.heads
-        if not self.plan.latent:
-            head = head + piece.head * self.sizes.heads
-        return position, head, exists
-
-    def output_row(self, piece: Piece, row: Int32) -> Row:
-        """Row ``row`` of a work tile as the epilogue op sees it."""
-        position, head, exists = self.position(piece, row)
-        token = piece.batch * self.sizes.seqlen_q + position
-        return Row(token, head, exists, self.plan.head_dim_v)
+        super().__init__(plan, mem, scalars, sizes, Int32(0), found)
 
     def threshold(self, piece: Piece) -> Float32:
         """log2 λ for a sequence, where tiles may be skipped."""
-        features = self.plan.features
-        if not features.skip:
+        if not self.plan.features.skip:
             return Float32(0.0)
-        value = self.mem.mSkip[0] if features.skip_tensor else self.scalars.skip
-        return log2_threshold(value / Float32(piece.length) if features.skip_relative else value)
+        return log2_threshold(self.skip_value(piece))
 
 
 def turn(plan: TransposedPlan, number: Int32) -> tuple[Int32, Int32]:

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
-from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_work import DecodeWork
 from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, MlaPlan
-from cute_fmha.kernels.blackwell.pipelines import Fixed
-from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
-from cute_fmha.kernels.blackwell.worklist import Piece, Sizes, WorkList, find
+from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, MlaPlan
+from cute_fmha.kernels.blackwell.worklist import Sizes
 
 
 class Global(NamedTuple):
@@ -70,60 +66,22 @@ def lane_address(tmem: Any, thread: Int32) -> Int32:
     return tmem.toint() + (thread // 32 << 21)
 
 
-class Work(Fixed):
-    """The work of one CTA, the ``rank``-th of its cluster, and where partial results go. ``found``:
-    see `WorkList`.
+class Work(DecodeWork):
+    """The work of a CTA, of which one or two make a cluster.
 
     Each role makes its own: what follows from the sizes alone the compiler would otherwise compute
     once at the entry of the kernel, for all roles, and spill.
     """
 
     def __init__(self, plan: MlaPlan, mem: Global, scalars: Scalars, found: Any = None) -> None:
-        self.plan = plan
-        self.mem = mem
-        self.scalars = scalars
-        self.rank = ptx.cluster_rank() if plan.pair else Int32(0)
-        self.sizes = Sizes(
+        rank = ptx.cluster_rank() if plan.pair else Int32(0)
+        sizes = Sizes(
             mem.mLens, ptx.opaque(mem.mQ.shape[1]), ptx.opaque(mem.mQ.shape[2]),
             scalars.window_left, scalars.window_right, scalars.num_splits,
             cute.arch.grid_dim()[0] // plan.ctas, ptx.opaque(cute.arch.block_idx()[0]) // plan.ctas,
         )  # fmt: skip
-        self.pieces = WorkList(plan.cutting, self.sizes, found)
-        self.splitkv = SplitKV(**vars(plan.slots))
-        self.workspace = Workspace(mem.mCounters, mem.mPartial, self.rank)
-
-    @cute.jit
-    def begin(self, found: Any):
-        """What one warp does before the roles start: see `worklist.find`, `SplitKV.start`."""
-        if cutlass.const_expr(self.plan.cut is Cut.SHARE):
-            find(self.plan.cutting, self.sizes, found)
-        if cutlass.const_expr(self.plan.cut is not Cut.WHOLE):
-            with cute.arch.elect_one():
-                self.splitkv.start(self.workspace)
-
-    def window(self) -> tuple[Any, Any]:
-        """Window sides; the Python integer −1 for a side that is not compiled in."""
-        features = self.plan.features
-        return (
-            self.scalars.window_left if features.window_left else -1,
-            self.scalars.window_right if features.window_right else -1,
-        )
+        super().__init__(plan, mem, scalars, sizes, rank, found)
 
     def first_key(self, n: Int32) -> Int32:
         """The first of the 64 keys of tile ``n`` that the CTA fetches."""
         return n * self.plan.tile_n + self.rank * KEYS
-
-    def position(self, piece: Piece, row: Int32) -> tuple[Int32, Int32, Boolean]:
-        """(query position, head, whether it exists) of row ``row`` of the CTA in a work tile."""
-        row = piece.block * self.plan.rows + self.rank * ROWS + row
-        rows = self.sizes.seqlen_q * self.sizes.heads
-        exists = row < rows
-        row = cutlass.min(row, rows - 1)
-        position = row // self.sizes.heads
-        return position, row - position * self.sizes.heads, exists
-
-    def output_row(self, piece: Piece, row: Int32) -> Row:
-        """Row ``row`` of the CTA as the epilogue op sees it."""
-        position, head, exists = self.position(piece, row)
-        token = piece.batch * self.sizes.seqlen_q + position
-        return Row(token, head, exists, self.plan.head_dim_v)

@@ -105,7 +105,8 @@ def softmax(
         if piece.end > piece.begin:
             values = scalars
             if cutlass.const_expr(plan.features.skip):
-                values = scalars._replace(skip=threshold(plan, mem, scalars, piece))
+                skip = raw_threshold(work.skip_value(piece), scalars.scale_log2)
+                values = scalars._replace(skip=skip)
             group = Group(work, shared, values, tmem, barriers, thread, sOther)
             fetch_query(group, mem.mQ[piece.batch, position, head, None], exists)
             running = cutlass.select_(exists, Float32(EMPTY), Float32(ABSENT))
@@ -127,17 +128,6 @@ def softmax(
         if thread == 0 and work.rank == 0:
             cute.arch.atomic_add(mem.mStats.iterator, Int64(progress.skipped))
             cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(seen))
-
-
-@cute.jit
-def threshold(plan: MlaPlan, mem: Global, scalars: Scalars, piece: Piece):
-    """log2 λ of a sequence, in units of raw scores."""
-    skip = scalars.skip
-    if cutlass.const_expr(plan.features.skip_tensor):
-        skip = mem.mSkip[0]
-    if cutlass.const_expr(plan.features.skip_relative):
-        skip = skip / Float32(piece.length)
-    return raw_threshold(skip, scalars.scale_log2)
 
 
 def fetch_query(group: Group, gQ: cute.Tensor, exists: Boolean) -> None:

@@ -42,10 +42,10 @@ import cutlass.cute as cute
 from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
 from cutlass import Int32
 
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.decode_transposed import TransposedDecode, boxed
 from cute_fmha.kernels.blackwell.decode_transposed_plan import BLOCK
 from cute_fmha.kernels.blackwell.decode_transposed_work import Global
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.worklist import most_workers
 

@@ -37,14 +37,14 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
+from cute_fmha.kernels.blackwell.decode_output import combine
 from cute_fmha.kernels.blackwell.decode_transposed_load import load, query
 from cute_fmha.kernels.blackwell.decode_transposed_mma import mma
 from cute_fmha.kernels.blackwell.decode_transposed_plan import BLOCK, TransposedPlan
 from cute_fmha.kernels.blackwell.decode_transposed_softmax import softmax
 from cute_fmha.kernels.blackwell.decode_transposed_work import COMBINE, Global, Shared, Work
 from cute_fmha.kernels.blackwell.device import DTYPES
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
-from cute_fmha.kernels.blackwell.mla_output import combine
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.kernels.blackwell.worklist import FOUND

@@ -10,8 +10,8 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_output import caught_up, outcome, write
 from cute_fmha.kernels.blackwell.decode_transposed_work import EXCHANGE, Group
-from cute_fmha.kernels.blackwell.mla_output import caught_up, outcome, write
 from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
 from cute_fmha.kernels.blackwell.worklist import Piece, Place
 

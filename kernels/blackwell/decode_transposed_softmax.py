@@ -21,6 +21,7 @@ from cutlass import Boolean, Float32, Int32, Int64
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
 from cute_fmha.kernels.blackwell.decode_transposed_epilogue import finish, nothing
 from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
 from cute_fmha.kernels.blackwell.decode_transposed_work import (
@@ -32,7 +33,6 @@ from cute_fmha.kernels.blackwell.decode_transposed_work import (
     Work,
     turn,
 )
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.softmax import (
     ABSENT,

@@ -9,9 +9,9 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
 from cute_fmha.kernels.blackwell.decode_transposed_plan import TransposedPlan
 from cute_fmha.kernels.blackwell.decode_work import DecodeWork
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.softmax import log2_threshold
 from cute_fmha.kernels.blackwell.worklist import Piece, Sizes

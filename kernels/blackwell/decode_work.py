@@ -13,7 +13,7 @@ from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
 from cute_fmha.kernels.blackwell.pipelines import Fixed
 from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
 from cute_fmha.kernels.blackwell.worklist import Piece, Sizes, WorkList, find

@@ -67,8 +67,9 @@ from cutlass.cute.nvgpu import cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars, Tensors
+from cute_fmha.kernels.blackwell.decode_output import combine
 from cute_fmha.kernels.blackwell.device import DTYPES
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.mla_decode_epilogue import COMBINE, COMBINE_WARPS, epilogue, write
 from cute_fmha.kernels.blackwell.mla_decode_load import load
 from cute_fmha.kernels.blackwell.mla_decode_mma import mma
@@ -76,7 +77,6 @@ from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, UNIT, MlaPlan, topology
 from cute_fmha.kernels.blackwell.mla_decode_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_swap import swap
-from cute_fmha.kernels.blackwell.mla_output import combine
 from cute_fmha.kernels.blackwell.pipelines import Barriers
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers

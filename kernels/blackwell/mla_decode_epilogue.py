@@ -9,10 +9,10 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
+from cute_fmha.kernels.blackwell.decode_output import caught_up, outcome
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work, lane_address
 from cute_fmha.kernels.blackwell.mla_decode_plan import ROWS, MlaPlan
-from cute_fmha.kernels.blackwell.mla_output import caught_up, outcome
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
 from cute_fmha.kernels.blackwell.softmax import EMPTY, scaled
 from cute_fmha.kernels.blackwell.worklist import Piece, Place

@@ -8,8 +8,8 @@ import cutlass.cute as cute
 from cutlass import Boolean, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
 from cute_fmha.kernels.blackwell.decode_work import DecodeWork
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, MlaPlan
 from cute_fmha.kernels.blackwell.worklist import Sizes
 

@@ -15,9 +15,9 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32, Int64
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars
 from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.mask import mask_row
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars
 from cute_fmha.kernels.blackwell.mla_decode_operands import (
     Global,
     Shared,

@@ -54,8 +54,8 @@ def stand_ins(
     from cutlass.cute.runtime import make_fake_stream
 
     from cute_fmha.kernels.blackwell.build import placeholder
+    from cute_fmha.kernels.blackwell.decode_arguments import Scalars, Tensors
     from cute_fmha.kernels.blackwell.device import DTYPES
-    from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
 
     features = plan.features
     dtype, out_dtype = DTYPES[plan.dtype], DTYPES[plan.out_dtype]
@@ -101,14 +101,14 @@ def split_bytes(problem: Problem, target: Target, plan: MlaPlans) -> int:
 
 
 def scalars_of(call: Call) -> tuple[float | int, ...]:
-    """The call's `mla_arguments.Scalars`."""
+    """The call's `decode_arguments.Scalars`."""
     problem = call.problem
     window = (problem.window_left, problem.window_right)
     return (*multipliers(call), *window, call.skip_value, problem.num_splits)
 
 
 def tensors_of(call: Call, needed: int) -> tuple[torch.Tensor | None, ...]:
-    """The call's `mla_arguments.Tensors`, with ``needed`` bytes of workspace."""
+    """The call's `decode_arguments.Tensors`, with ``needed`` bytes of workspace."""
     return (
         call.q, call.k, call.block_table, call.seqused_k, device_view(call.out), call.lse,
         call.max_logits, call.sink, call.skip_tensor, call.stats, *split_tensors(call, needed),

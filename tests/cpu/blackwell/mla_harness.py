@@ -24,7 +24,7 @@ from cutlass import Float32, Int32
 from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
 from cute_fmha.emulator.machine import Policy
 from cute_fmha.kernels.blackwell.cutting import Cut
-from cute_fmha.kernels.blackwell.mla_arguments import Scalars, Tensors
+from cute_fmha.kernels.blackwell.decode_arguments import Scalars, Tensors
 from cute_fmha.kernels.blackwell.mla_plan import automatic_cuts
 from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import SkipSoftmax

@@ -1,16 +1,14 @@
-"""From rows of O to the output, for both MLA decode kernels: the largest logit is stored, the sink
+"""From rows of O to the output, for all decode kernels: the largest logit is stored, the sink
 joins, the LSE is stored, rows are normalised and leave; also what partial results are reduced to.
 
-Where largest logits are asked for, a row's maximum no longer lags behind its scores here (`caught
-up`), and neither do those of partial results: the largest of their maxima is the largest logit.
-
-``work`` is the kernel's own: its plan and tensors, where a row of a piece lies, its split-KV.
+Where largest logits are asked for, a row's maximum no longer lags behind its scores here
+(`caught_up`), and neither do those of partial results: the largest of their maxima is the largest
+logit.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import cutlass
 import cutlass.cute as cute
@@ -18,6 +16,7 @@ from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.decode_work import DecodeWork
 from cute_fmha.kernels.blackwell.softmax import LN2, LOG2_E, scaled, with_sink
 from cute_fmha.kernels.blackwell.worklist import Piece
 
@@ -32,7 +31,7 @@ def caught_up(
 
 @cute.jit
 def outcome(
-    work: Any, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
+    work: DecodeWork, piece: Piece, row: Int32, maximum_log2: Float32, total: Float32, tell: Boolean
 ):
     """The factor that normalises a row of O; its largest logit and its LSE are stored where
     ``tell``."""
@@ -58,7 +57,7 @@ def outcome(
 
 
 def write(
-    work: Any, store: Store, piece: Piece, row: Int32, column: Int32, values: list[Float32]
+    work: DecodeWork, store: Store, piece: Piece, row: Int32, column: Int32, values: list[Float32]
 ) -> None:
     """Store what becomes of neighbouring columns of a row, if it exists."""
     mO = work.mem.mO
@@ -69,7 +68,7 @@ def write(
 
 
 @cute.jit
-def combine(work: Any, store: Store, warp: Int32, warps: int, barrier: int):
+def combine(work: DecodeWork, store: Store, warp: Int32, warps: int, barrier: int):
     """Reduce partial results and store what comes of them: ``warps`` warps, which meet at named
     barrier ``barrier``."""
     work.splitkv.combine(
@@ -80,7 +79,7 @@ def combine(work: Any, store: Store, warp: Int32, warps: int, barrier: int):
 
 @cute.jit
 def reduced(
-    work: Any, store: Store, piece: Piece, row: Int32, column: Int32, values,
+    work: DecodeWork, store: Store, piece: Piece, row: Int32, column: Int32, values,
     maximum_log2: Float32, total: Float32,
 ):  # fmt: skip
     """Normalise and store neighbouring columns of a row."""

@@ -9,12 +9,8 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op
-from cute_fmha.kernels.blackwell.plan import (
-    OTHER_BYTES,
-    SHARED_BYTES,
-    Features,
-    Role,
-)
+from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan
+from cute_fmha.kernels.blackwell.plan import OTHER_BYTES, Features, Role
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap
 
 BLOCK = 64
@@ -37,7 +33,7 @@ GATHERED = 4
 
 
 @dataclass(frozen=True)
-class TransposedPlan:
+class TransposedPlan(KernelPlan):
     """Everything about one kernel.
 
     A tile is ``tile_n`` tokens, and comes in parts: the value columns in parts of 128, then the
@@ -65,15 +61,11 @@ class TransposedPlan:
     op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
-        self.tmem  # noqa: B018  (its construction checks the map)
         if self.box not in (*BOXES, GATHERED):
             raise ValueError(f"a box has {BOXES} tokens, or {GATHERED}; got {self.box}")
         if self.rows not in (16, MOST_ROWS):
             raise ValueError(f"rows must be 16 or {MOST_ROWS}; got {self.rows}")
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(
-                f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
-            )
+        super().__post_init__()
         if self.latent and self.v_stages < 2 * self.parts:
             raise ValueError(f"{self.v_stages} stages hold no two tiles of {self.parts} parts")
 
@@ -178,13 +170,6 @@ class TransposedPlan:
             *rest,
         )
 
-    def role(self, name: str) -> Role:
-        return next(role for role in self.roles if role.name == name)
-
-    @property
-    def threads(self) -> int:
-        return 32 * sum(len(role.warps) for role in self.roles)
-
     @property
     def shared_parts(self) -> dict[str, int]:
         """Bytes of shared memory by use."""
@@ -199,10 +184,6 @@ class TransposedPlan:
             "statistics": 4 * (4 + 4 + 1 + 4 * self.features.max_logits) * self.rows,
             "other": OTHER_BYTES,
         }
-
-    @property
-    def shared_bytes(self) -> int:
-        return sum(self.shared_parts.values())
 
 
 def box_of(page_size: int, one_page: bool = False, tile_n: int = 64) -> int:

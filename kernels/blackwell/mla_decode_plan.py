@@ -10,13 +10,8 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
-from cute_fmha.kernels.blackwell.plan import (
-    REGISTERS,
-    SHARED_BYTES,
-    Features,
-    Role,
-    unsuited_target,
-)
+from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan
+from cute_fmha.kernels.blackwell.plan import REGISTERS, Features, Role, unsuited_target
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
@@ -38,7 +33,7 @@ OTHER_BYTES = 3072
 
 
 @dataclass(frozen=True)
-class MlaPlan:
+class MlaPlan(KernelPlan):
     """Tiles, stages, warps, registers and memory of one kernel.
 
     A work tile is up to 64 rows of one sequence on one CTA, or up to 128 on a ``pair``. The latent
@@ -62,14 +57,7 @@ class MlaPlan:
     op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
-        self.tmem  # noqa: B018  (its construction checks the map)
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(
-                f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
-            )
-        registers = sum(32 * len(role.warps) * role.registers for role in self.roles)
-        if registers > REGISTERS:
-            raise ValueError(f"registers: {registers} of {REGISTERS}")
+        super().__post_init__()
         if self.stages < 4:
             raise ValueError("S of the next tile is made before P V of this one: 4 halves at least")
 
@@ -207,13 +195,6 @@ class MlaPlan:
             *swap,
         )
 
-    def role(self, name: str) -> Role:
-        return next(role for role in self.roles if role.name == name)
-
-    @property
-    def threads(self) -> int:
-        return 32 * sum(len(role.warps) for role in self.roles)
-
     @property
     def first_registers(self) -> int:
         """Registers that a thread starts with: as many as all can have, a multiple of 8."""
@@ -242,10 +223,6 @@ class MlaPlan:
             "O": self.o_stages * 2 * ROWS * self.leaving.chunk_bytes,
             "other": OTHER_BYTES,
         }
-
-    @property
-    def shared_bytes(self) -> int:
-        return sum(self.shared_parts.values())
 
 
 def make_plan(

@@ -10,53 +10,27 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.decode_transposed_plan import (
-    BLOCK,
-    TransposedPlan,
-)
+from cute_fmha.kernels.blackwell.block_table import ROW_BYTES, box_place, lane_pages
+from cute_fmha.kernels.blackwell.decode_transposed_plan import BLOCK, TransposedPlan
 from cute_fmha.kernels.blackwell.decode_transposed_work import Global, Shared, Work, turn
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor, Fixed
-from cute_fmha.kernels.blackwell.ragged import corner
 from cute_fmha.kernels.blackwell.worklist import Piece
-
-ABSENT = -1
-"""A page that no cache has: its rows arrive as zeros."""
-
-ROW_BYTES = 128
-"""A row of a block, dense in shared memory."""
 
 
 @cute.jit
 def lookup(plan: TransposedPlan, mem: Global, piece: Piece, n: Int32):
     """What a lane looks up in the table for tile ``n``: where box ``lane`` lies, in coordinates
     (PAGE_ROW, PAGE, END) of a `ragged` map, with KV heads (PAGE_ROW, HEAD, PAGE, END); gathered,
-    the pages of tokens ``lane``, ``lane`` + 32.
-
-    Of boxes and tokens past the sequence nothing is fetched, and their entries are not read."""
-    lane, first = cute.arch.lane_idx(), n * plan.tile_n
+    the pages of tokens ``lane``, ``lane`` + 32."""
+    first, extent = n * plan.tile_n, mem.mL.shape[0]
     if cutlass.const_expr(plan.gather):
-        pages = [Int32(ABSENT), Int32(ABSENT)]
-        for half in cutlass.range_constexpr(2):
-            token = first + half * 32 + lane
-            if token < piece.length:
-                pages[half] = mem.mTable[piece.batch, token]
-        result = pages
+        found = lane_pages(mem.mTable, piece, first, cute.arch.lane_idx())
     else:
-        page_rows = mem.mL.shape[0]
-        token, page, row = first + box_of_lane(plan) * plan.box, piece.batch, Int32(0)
-        if cutlass.const_expr(plan.paged):
-            slot, page = token // page_rows, Int32(0)
-            row = token - slot * page_rows
-            if token < piece.length:
-                page = mem.mTable[piece.batch, slot]
-        else:
-            row = token
-        rows = cutlass.max(cutlass.min(piece.length - token, plan.box), 0)
-        row, end = corner(page_rows, row, rows)
-        result = [row, page, end]
+        token = first + box_of_lane(plan) * plan.box
+        found = box_place(mem.mTable, piece, token, plan.box, extent, extent)
         if cutlass.const_expr(not plan.latent):
-            result = [row, piece.head, page, end]
-    return result
+            found.insert(1, piece.head)
+    return found
 
 
 def box_of_lane(plan: TransposedPlan) -> Any:
@@ -96,7 +70,7 @@ class Ring(Fixed):
         return Buffer(first, self.blocks, address, barrier)
 
 
-class Boxes(Fixed):
+class BoxTable(Fixed):
     """The boxes of one tile: what `lookup` gave every lane, made known to the one that fetches."""
 
     def __init__(
@@ -162,7 +136,7 @@ def load(plan: TransposedPlan, work: Work, mem: Global, shared: Shared, barriers
         piece = work.pieces.piece(place)
         found = lookup(plan, mem, piece, piece.begin)
         for n in cutlass.range(piece.begin, piece.end, unroll=1):
-            boxes = Boxes(plan, tma, sBoxes, found)
+            boxes = BoxTable(plan, tma, sBoxes, found)
             # The table is asked for the next tile while the rings are full.
             found = lookup(plan, mem, piece, n + 1)
             keep: Any = True

@@ -9,17 +9,11 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.block_table import ROW_BYTES, box_place, lane_pages
 from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import UNIT, UNIT_BYTES, MlaPlan
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.ragged import corner
 from cute_fmha.kernels.blackwell.worklist import Piece
-
-ABSENT = -1
-"""A page that no cache has: its row arrives as zeros."""
-
-ROW_BYTES = 128
-"""A row of a unit, dense in shared memory."""
 
 
 @cute.jit
@@ -74,26 +68,16 @@ def announce(work: Work, barriers: Barriers, name: cutlass.Constexpr, size: int,
 @cute.jit
 def lookup(work: Work, piece: Piece, n: Int32):
     """What a lane looks up in the block table for tile ``n``: where box ``lane`` lies, as
-    (PAGE_ROW, PAGE, END) of a `ragged` map; gathered, the rows of keys ``lane``, ``lane`` + 32.
-
-    Of boxes past the sequence nothing is fetched, and their entries are not read."""
+    (PAGE_ROW, PAGE, END) of a `ragged` map; gathered, the rows of keys ``lane``, ``lane`` + 32."""
     plan, mem = work.plan, work.mem
     lane, first = cute.arch.lane_idx(), work.first_key(n)
     if cutlass.const_expr(plan.gather):
-        found = [Int32(ABSENT), Int32(ABSENT)]
-        for half in cutlass.range_constexpr(2):
-            key = first + half * 32 + lane
-            if key < piece.length:
-                found[half] = mem.mTable[piece.batch, key]
+        found = lane_pages(mem.mTable, piece, first, lane)
     else:
-        page_rows = plan.page_size or mem.mKV.shape[0]
+        extent = mem.mKV.shape[0]
         key = first + cutlass.min(lane, plan.boxes - 1) * plan.box_rows
-        number, page = key // page_rows, Int32(0)
-        if key < piece.length:
-            page = mem.mTable[piece.batch, number]
-        rows = cutlass.max(cutlass.min(piece.length - key, plan.box_rows), 0)
-        row, end = corner(mem.mKV.shape[0], key - number * page_rows, rows)
-        found = [row, page, end]
+        page_rows = plan.page_size or extent
+        found = box_place(mem.mTable, piece, key, plan.box_rows, page_rows, extent)
     return found
 
 

@@ -30,8 +30,9 @@ from cute_fmha.kernels.triton.plan import interpreting
 from cute_fmha.testing import AttentionCase, Heads, Options, Source, check, dense_case, packed_case
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-stores = pytest.importorskip("store_harness")
-harness = pytest.importorskip("prefill_harness")
+
+import prefill_harness as harness
+import store_harness as stores
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # NaN, inf and zeros on purpose
 policies = pytest.mark.parametrize(

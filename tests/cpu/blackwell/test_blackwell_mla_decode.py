@@ -15,21 +15,23 @@ import torch
 from cute_fmha.problem import Problem, SkipSoftmax, Target
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("mla_harness")
 
-from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402  (needs CuTe DSL)
-from cute_fmha.kernels.blackwell.mla_decode_plan import (  # noqa: E402
+import mla_harness as harness
+import triton
+
+from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+from cute_fmha.kernels.blackwell.mla_decode_plan import (
     can_implement,
     make_plan,
     topology,
 )
-from cute_fmha.kernels.blackwell.plan import Features  # noqa: E402
+from cute_fmha.kernels.blackwell.plan import Features
 
 BF16, FP16 = torch.bfloat16, torch.float16
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 SKIP = SkipSoftmax(threshold=math.exp(-20.0))
 
-TOOLS = Path(pytest.importorskip("triton").__file__).parent / "backends" / "nvidia" / "bin"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def tool(name: str, *arguments: str) -> str:
@@ -63,7 +65,7 @@ def test_lengths(policy, heads):
 @pytest.mark.parametrize("heads", [21, 40])
 def test_new_tokens_in_small_pages(policy, heads):
     """Causal order among three new tokens: CTAs begin inside of a token."""
-    options = {"window": (100, 0), "softcap": 5.0, "sink": True}
+    options: dict[str, Any] = {"window": (100, 0), "softcap": 5.0, "sink": True}
     case = harness.case_of(heads, 3, [2, 70, 300], page_size=16, dtype=FP16, **options)
     harness.verify(kernel_of(case), case, policy, ctas=2)
 

@@ -11,8 +11,10 @@ import torch
 from cute_fmha.testing import Heads, Options, Source, dense_case
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("prefill_harness")
-mutate = pytest.importorskip("cute_fmha.emulator.mutate")
+
+import prefill_harness as harness
+
+from cute_fmha.emulator import mutate
 
 POLICIES = {  # one CTA at a time, which takes all work
     name: replace(policy, resident=1) for name, policy in mutate.STRICT_POLICIES.items()

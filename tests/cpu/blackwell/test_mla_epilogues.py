@@ -12,20 +12,20 @@ from cute_fmha.epilogues import FP8, NVFP4, EpilogueOp, Gate, Identity, Scale
 from cute_fmha.epilogues.base import kind_of
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("mla_harness")
-stores = pytest.importorskip("store_harness")
 
-from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]  # noqa: E402
-from cutlass import Int32  # noqa: E402
+import mla_harness as harness
+import store_harness as stores
+from cuda.bindings.driver import CUstream  # type: ignore[import-untyped]
+from cutlass import Int32
 
-from cute_fmha.emulator.capture import compile_kernel, emulate  # noqa: E402
-from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
-from cute_fmha.kernels.blackwell.decode_transposed_plan import MOST_ROWS  # noqa: E402
-from cute_fmha.kernels.blackwell.epilogue import Op, device_view  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_few_plan import make_few_plan  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
+from cute_fmha.emulator.capture import compile_kernel, emulate
+from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.decode_transposed_plan import MOST_ROWS
+from cute_fmha.kernels.blackwell.epilogue import Op, device_view
+from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew
+from cute_fmha.kernels.blackwell.mla_decode_few_plan import make_few_plan
+from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan
 
 BF16 = torch.bfloat16
 OPS = {

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("mla_harness")
-mutate = pytest.importorskip("cute_fmha.emulator.mutate")
 
-from cutlass import Int32  # noqa: E402
+import mla_harness as harness
+from cutlass import Int32
 
-from cute_fmha.emulator.capture import capture  # noqa: E402
-from cute_fmha.kernels.blackwell.cutting import Cut  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan  # noqa: E402
-from cute_fmha.tiling import ceil_div  # noqa: E402
+from cute_fmha.emulator import mutate
+from cute_fmha.emulator.capture import capture
+from cute_fmha.kernels.blackwell.cutting import Cut
+from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+from cute_fmha.kernels.blackwell.mla_decode_plan import make_plan
+from cute_fmha.tiling import ceil_div
 
 BF16 = torch.bfloat16
 POLICIES = mutate.STRICT_POLICIES

@@ -15,11 +15,12 @@ from cute_fmha.kernels.blackwell.mla_plan import can_implement, plan_of
 from cute_fmha.problem import Problem, SkipSoftmax, Target
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("mla_harness")
 
-from cute_fmha.kernels.blackwell.mla_decode import MlaDecode  # noqa: E402  (needs CuTe DSL)
-from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew  # noqa: E402
-from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan  # noqa: E402
+import mla_harness as harness
+
+from cute_fmha.kernels.blackwell.mla_decode import MlaDecode
+from cute_fmha.kernels.blackwell.mla_decode_few import MlaDecodeFew
+from cute_fmha.kernels.blackwell.mla_decode_plan import MlaPlan
 
 LENGTHS = [0, 1, 63, 64, 65, 1000]
 SKIP = SkipSoftmax(threshold=math.exp(-20.0))
@@ -95,7 +96,9 @@ def test_replays(num_splits):
 def test_max_logits(heads, num_splits, skipping):
     """The largest logit itself, not the maximum that P is relative to, which lags behind it; sinks
     left out, −inf for a row without keys. Replays on one workspace."""
-    options = {"sink": True, "window": (300, 0), **({} if skipping else {"softcap": 5.0})}
+    options: dict[str, Any] = {"sink": True, "window": (300, 0)}
+    if not skipping:
+        options["softcap"] = 5.0
     seqlen_q = 1 if heads > 32 else 32 // heads
     case = harness.case_of(
         heads, seqlen_q, LENGTHS, std=0.3 if skipping else 1.0, gap=40.0 * skipping, **options
@@ -120,6 +123,7 @@ def test_skip_where_work_is_shared_out(heads):
     for workers, policy in zip((1, 2, 3, 7), harness.POLICIES, strict=True):
         ctas = workers * kernel.plan.slots.ranks
         cuts = harness.tiles_of(kernel.plan, case, ctas, 0).cuts
+        assert cuts is not None
         assert (max(map(len, cuts)) > 0) == (workers > 1)
         result = harness.verify(kernel, case, policy, skip=SKIP, ctas=ctas, num_splits=0)
         skipped.append(int(result.stats[0]))

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-harness = pytest.importorskip("prefill_harness")
 
-import cutlass  # noqa: E402
-import cutlass.cute as cute  # noqa: E402
-from cutlass import Float32, Int32, Int64  # noqa: E402
-from cutlass.cute.nvgpu import cpasync, tcgen05  # noqa: E402
+import cutlass
+import cutlass.cute as cute
+import prefill_harness as harness
+from cutlass import Float32, Int32, Int64
+from cutlass.cute.nvgpu import cpasync, tcgen05
 
-from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate  # noqa: E402
-from cute_fmha.kernels.blackwell.ragged import cut, ragged  # noqa: E402
+from cute_fmha.emulator.capture import compile_kernel, device_tensor, emulate
+from cute_fmha.kernels.blackwell.ragged import cut, ragged
 
 ROWS, WIDTH = 64, 64
 

@@ -13,9 +13,11 @@ from cute_fmha.emulator import capture as cap
 from cute_fmha.emulator.device import Device, DeviceTensor, Memory, emulated_device, merged
 from cute_fmha.emulator.machine import EmulationError, Policy
 
-cutlass = pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
-cute = pytest.importorskip("cutlass.cute")
-kernels = pytest.importorskip("capture_kernels")  # the kernels, in a module of their own
+pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
+
+import capture_kernels as kernels
+import cutlass
+import cutlass.cute as cute
 
 N = 512
 

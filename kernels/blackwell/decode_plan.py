@@ -15,13 +15,14 @@ from cute_fmha.kernels.blackwell.decode_transposed_plan import (
     box_of,
 )
 from cute_fmha.kernels.blackwell.epilogue import Op, op_of, unsuited
+from cute_fmha.kernels.blackwell.kernel_plan import unsuited_inputs
 from cute_fmha.kernels.blackwell.mla_plan import crowded, cut_of
-from cute_fmha.kernels.blackwell.plan import Features, unsuited_target
+from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import Problem, Target
 from cute_fmha.tiling import ceil_div
 
-WIDTHS = (64, 128, 256, 512)
-"""Head dims D = Dv."""
+HEAD_DIMS = ((64, 64), (128, 128), (256, 256), (512, 512))
+"""(D, Dv) that the decode kernel has plans for."""
 
 TILE_N = 128
 """Keys of a tile: S has a token in every lane."""
@@ -79,19 +80,13 @@ def cycles(problem: Problem, target: Target) -> float:
 
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
-    dims = (problem.head_dim, problem.head_dim_v)
-    if (reason := unsuited_target(target)) is not None:
+    reason = unsuited_inputs(problem, target, "the decode kernel", "attention", HEAD_DIMS)
+    if reason is not None:
         return reason
-    if problem.op != "attention":
-        return f"the decode kernel has no {problem.op}"
     if problem.packed_q or problem.layout == "packed":
         return "the decode kernel takes dense and paged keys and dense queries; got packed ones"
     if problem.block_mask is not None:
         return "the decode kernel takes no block mask"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"the decode kernel takes bfloat16 and float16; got {problem.dtype}"
-    if dims not in [(width, width) for width in WIDTHS]:
-        return f"the decode kernel has D = Dv in {WIDTHS}; got {dims}"
     if 0 in (problem.seqlen_q, problem.seqlen_k, problem.batch):
         return "the decode kernel needs at least one sequence, query and key"
     if box(problem) in (0, GATHERED):

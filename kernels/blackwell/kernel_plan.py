@@ -1,11 +1,15 @@
-"""What the plans of all kernels have: warps with their roles, and memory, within what an SM has."""
+"""What the plans of all kernels have: warps with their roles, and memory, within what an SM has;
+and what all kernels ask of a problem."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Role
+import torch
+
+from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Role, unsuited_target
 from cute_fmha.kernels.blackwell.tmem import TmemMap
+from cute_fmha.problem import Problem, Target
 
 
 class KernelPlan(ABC):
@@ -46,3 +50,20 @@ class KernelPlan(ABC):
     @property
     def shared_bytes(self) -> int:
         return sum(self.shared_parts.values())
+
+
+def unsuited_inputs(
+    problem: Problem, target: Target, kernel: str, op: str, head_dims: tuple[tuple[int, int], ...]
+) -> str | None:
+    """Why ``kernel``, which computes ``op`` for such (D, Dv), cannot take the problem's inputs on
+    ``target``; None when nothing of that stands against it."""
+    dims = (problem.head_dim, problem.head_dim_v)
+    if (reason := unsuited_target(target)) is not None:
+        return reason
+    if problem.op != op:
+        return f"{kernel} has no {problem.op}"
+    if problem.dtype not in (torch.bfloat16, torch.float16):
+        return f"{kernel} takes bfloat16 and float16; got {problem.dtype}"
+    if dims not in head_dims:
+        return f"{kernel} has (D, Dv) in {head_dims}; got {dims}"
+    return None

@@ -15,7 +15,8 @@ from cute_fmha.kernels.blackwell.decode_transposed_plan import (
     box_of,
 )
 from cute_fmha.kernels.blackwell.epilogue import Op, unsuited
-from cute_fmha.kernels.blackwell.plan import Features, unsuited_target
+from cute_fmha.kernels.blackwell.kernel_plan import unsuited_inputs
+from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
 
 
@@ -38,24 +39,19 @@ def make_few_plan(
 
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
-    dims = (problem.head_dim, problem.head_dim_v)
     rows = problem.seqlen_q * problem.heads_q
-    if (reason := unsuited_target(target)) is not None:
+    kernel = "the MLA decode kernel of few rows"
+    reason = unsuited_inputs(problem, target, kernel, "mla_decode", MLA_HEAD_DIMS)
+    if reason is not None:
         return reason
-    if problem.op != "mla_decode":
-        return f"the MLA decode kernel of few rows has no {problem.op}"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"the MLA decode kernel of few rows takes bfloat16 and float16; got {problem.dtype}"
-    if dims not in MLA_HEAD_DIMS:
-        return f"the MLA decode kernel of few rows has (D, Dv) in {MLA_HEAD_DIMS}; got {dims}"
     if problem.batch == 0 or not 0 < rows <= MOST_ROWS:
         return (
-            f"the MLA decode kernel of few rows takes 1 to {MOST_ROWS} rows (queries × heads) of "
-            f"at least one sequence; got {rows} of {problem.batch}"
+            f"{kernel} takes 1 to {MOST_ROWS} rows (queries × heads) of at least one sequence; "
+            f"got {rows} of {problem.batch}"
         )
     if not box_of(problem.page_size, problem.page_size == problem.seqlen_k):
         return (
-            "the MLA decode kernel of few rows takes pages of 1 or a multiple of 8 tokens, or one "
-            f"page a sequence; got {problem.page_size}"
+            f"{kernel} takes pages of 1 or a multiple of 8 tokens, or one page a sequence; got "
+            f"{problem.page_size}"
         )
     return unsuited(problem)

@@ -10,8 +10,8 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
-from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan
-from cute_fmha.kernels.blackwell.plan import REGISTERS, Features, Role, unsuited_target
+from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan, unsuited_inputs
+from cute_fmha.kernels.blackwell.plan import REGISTERS, Features, Role
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target
@@ -301,21 +301,15 @@ def topology(plan: MlaPlan) -> Topology:
 
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the kernel cannot run ``problem`` on ``target``; None when it can."""
-    dims = (problem.head_dim, problem.head_dim_v)
-    page = problem.page_size
-    if (reason := unsuited_target(target)) is not None:
+    page, kernel = problem.page_size, "the MLA decode kernel"
+    reason = unsuited_inputs(problem, target, kernel, "mla_decode", MLA_HEAD_DIMS)
+    if reason is not None:
         return reason
-    if problem.op != "mla_decode":
-        return f"the MLA decode kernel has no {problem.op}"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"the MLA decode kernel takes bfloat16 and float16; got {problem.dtype}"
-    if dims not in MLA_HEAD_DIMS:
-        return f"the MLA decode kernel has (D, Dv) in {MLA_HEAD_DIMS}; got {dims}"
     if page not in (1, 16, 32, problem.seqlen_k) and (page == 0 or page % KEYS):
         return (
-            "the MLA decode kernel takes pages of 1, 16, 32 or a multiple of 64 rows, or one page "
-            f"a sequence; got {page}"
+            f"{kernel} takes pages of 1, 16, 32 or a multiple of 64 rows, or one page a sequence; "
+            f"got {page}"
         )
     if problem.seqlen_q == 0 or problem.batch == 0:
-        return "the MLA decode kernel needs at least one sequence and query"
+        return f"{kernel} needs at least one sequence and query"
     return unsuited(problem)

@@ -17,7 +17,14 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.decode_work import DecodeWork
-from cute_fmha.kernels.blackwell.softmax import LN2, LOG2_E, scaled, with_sink
+from cute_fmha.kernels.blackwell.softmax import (
+    LN2,
+    LOG2_E,
+    log_sum_exp,
+    normaliser,
+    scaled,
+    with_sink,
+)
 from cute_fmha.kernels.blackwell.worklist import Piece
 
 
@@ -46,14 +53,11 @@ def outcome(
     left = Float32(1.0)
     if cutlass.const_expr(features.sink):
         maximum_log2, total, left = with_sink(maximum_log2, total, mem.mSink[head] * LOG2_E)
-    nothing = total == 0.0
     if cutlass.const_expr(features.lse):
-        lse = -Float32.inf
-        if not nothing:
-            lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+        lse = log_sum_exp(maximum_log2, total)
         if exists & tell:
             mem.mLSE[piece.batch, head, position] = lse
-    return 0.0 if nothing else left * cute.arch.rcp_approx(total)
+    return normaliser(total, left)
 
 
 def write(

@@ -110,6 +110,24 @@ def with_sink(
     return joint, total * fade + ptx.exp2(sink_log2 - joint), fade
 
 
+@cute.jit
+def normaliser(total: Float32, left: Float32):
+    """What a row of O is to be multiplied with at the end, where ``left`` of it is left: a row that
+    has seen no key is 0."""
+    nothing = total == 0.0
+    return 0.0 if nothing else left * cute.arch.rcp_approx(total)
+
+
+@cute.jit
+def log_sum_exp(maximum_log2: Float32, total: Float32):
+    """The LSE of a row; −inf where it has seen no key."""
+    lse = -Float32.inf
+    nothing = total == 0.0
+    if not nothing:
+        lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+    return lse
+
+
 POWER_OF_TWO = (0.6931241750717163, 0.24024099111557007, 0.055906426161527634, 0.009582852944731712)
 """2^f − 1 over f, f², f³, f⁴ for |f| <= 1/2: relative error at most 2.9e-6, and none at 0."""
 

@@ -15,7 +15,7 @@ whose every row has c · (max S − running maximum) < log2 λ is left out befor
 
 Two kernels are made of this, which tell their shapes, memory and timelines: `mla_decode_few`, where
 K and V are the same latents and T = 64, and `decode`, where they are tensors of their own and
-T = 128. A tile is fetched, multiplied and released in parts of 128 columns.
+T = 128. A tile is fetched, multiplied and released in parts of 128 columns, or of 64 if D is 64.
 
 Warps
     0–3   softmax       S → P, O · fade; at the end O / l and LSE to global memory

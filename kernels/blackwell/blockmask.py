@@ -98,7 +98,7 @@ class TileBits(Fixed):
         """Make the bits of Q tile ``t`` of a work tile, whose record is there but for them, in
         ``words``, (first, end); gives (begin, end) of the KV tiles that are visible. One warp."""
         plan, lane = self.plan, cute.arch.lane_idx()
-        per_tile = plan.tile_m // plan.pack
+        per_tile = plan.mma_rows // plan.pack
         position = (place.block * plan.q_tiles + t) * per_tile
         first, end = Int32(0), Int32(0)
         for word in cutlass.range(words[0], words[1], unroll=1):

@@ -77,7 +77,7 @@ from cute_fmha.kernels.blackwell.mla_decode_operands import Global, Shared, Work
 from cute_fmha.kernels.blackwell.mla_decode_plan import KEYS, ROWS, UNIT, MlaPlan, topology
 from cute_fmha.kernels.blackwell.mla_decode_softmax import softmax
 from cute_fmha.kernels.blackwell.mla_decode_swap import swap
-from cute_fmha.kernels.blackwell.pipelines import Barriers
+from cute_fmha.kernels.blackwell.pipelines import Barriers, meet
 from cute_fmha.kernels.blackwell.ragged import ragged
 from cute_fmha.kernels.blackwell.worklist import FOUND, most_workers
 
@@ -193,7 +193,7 @@ class MlaDecode:
             cute.arch.relinquish_tmem_alloc_permit(is_two_cta=plan.pair)
         if warp == store_warp:
             Work(plan, mem, scalars).begin(shared.sFound)
-        self.meet()
+        meet(plan.ctas)
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
 
         work = functools.partial(Work, plan, mem, scalars, shared.sFound)
@@ -221,7 +221,7 @@ class MlaDecode:
             self.take_registers("swap")
             if warp < plan.role("swap").warps[-1] + 1:
                 swap(plan, work(), shared, barriers.of("swap"))
-        self.meet()
+        meet(plan.ctas)
         if warp == mma_warp:
             # Read again: all roles would have to keep the address until here.
             tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
@@ -234,14 +234,6 @@ class MlaDecode:
             cute.arch.setmaxregister_increase(registers)
         else:
             cute.arch.setmaxregister_decrease(registers)
-
-    def meet(self) -> None:
-        """Wait for all threads of the cluster."""
-        if self.plan.pair:
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        else:
-            cute.arch.sync_threads()
 
     # ------------------------------------------------------------------ shared memory
 

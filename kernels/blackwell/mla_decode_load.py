@@ -35,12 +35,12 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
             found = lookup(work, piece, n + 1)
             if cutlass.const_expr(plan.rope):
                 barriers.wait("rope_empty", rope.empty_phase, rope.index)
-                bar = announce(work, barriers, "rope_full", UNIT_BYTES, rope.index)
+                bar = barriers.expect("rope_full", UNIT_BYTES * plan.ctas, rope.index)
                 boxes.fetch(2 * plan.half_units, shared.sRope[None, None, None, rope.index], bar)
                 rope = rope.next()
             for half in cutlass.range_constexpr(2):
                 barriers.wait("k_empty", k.empty_phase, k.index)
-                bar = announce(work, barriers, "k_full", plan.half_bytes, k.index)
+                bar = barriers.expect("k_full", plan.half_bytes * plan.ctas, k.index)
                 target = shared.sLatent[None, None, None, k.index]
                 boxes.fetch(half * plan.half_units, target, bar)
                 k = k.next()
@@ -54,15 +54,6 @@ def load(plan: MlaPlan, work: Work, mem: Global, shared: Shared, barriers: Barri
         for _stage in cutlass.range_constexpr(plan.rope_stages):
             barriers.wait("rope_empty", rope.empty_phase, rope.index)
             rope = rope.next()
-
-
-@cute.jit
-def announce(work: Work, barriers: Barriers, name: cutlass.Constexpr, size: int, index: Int32):
-    """Have ``size`` bytes from every CTA expected by the first one, at whose barrier they all
-    arrive; returns the mbarrier for the copies."""
-    if work.rank == 0:
-        barriers.expect(name, size * work.plan.ctas, index)
-    return barriers.at(name, index)
 
 
 @cute.jit

@@ -256,7 +256,7 @@ def topology(plan: MlaPlan) -> Topology:
     more = []
     if plan.rope:
         more = [
-            Barrier("rope_full", plan.rope_stages, (("load", "bytes"),)),
+            Barrier("rope_full", plan.rope_stages, (("load", "bytes"),), "first"),
             Barrier("rope_empty", plan.rope_stages, (("mma", "commit"),)),
         ]
     if plan.pair:
@@ -274,7 +274,7 @@ def topology(plan: MlaPlan) -> Topology:
     return Topology(
         plan.roles,
         (
-            Barrier("k_full", plan.stages, (("load", "bytes"),)),
+            Barrier("k_full", plan.stages, (("load", "bytes"),), "first"),
             Barrier("k_empty", plan.stages, (("mma", "commit"),)),
             *more,
             # Q is in TMEM and shared memory. It is free when the softmax has the last S.

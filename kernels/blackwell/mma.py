@@ -86,11 +86,14 @@ class Operand:
 
 def multiply_shared(
     accumulator: Int32, a: Operand, a_tile: Int32, b: Operand, b_tile: Int32, descriptor: int,
-    done: tuple[Int32, int],
+    done: tuple[Int32, int], pair: bool = False,
 ) -> None:  # fmt: skip
-    """accumulator = A Bᵀ, both in shared memory; commits to the mbarrier ``done``."""
+    """accumulator = A Bᵀ, both in shared memory, of a ``pair`` of CTAs in both of them; commits to
+    the mbarrier ``done``."""
     steps = tuple(zip(a.steps, b.steps, strict=True))
-    ptx.tcgen05_mma_shared(accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps, done)
+    ptx.tcgen05_mma_shared(
+        accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps, done, pair
+    )
 
 
 def multiply(
@@ -110,9 +113,11 @@ def multiply(
 
 def multiply_tmem(
     accumulator: Int32, a: Int32, b: Operand, b_tile: Int32, descriptor: int,
-    accumulate: Int32, gate: tuple[int, Int32, int, Int32],
+    accumulate: Int32, gate: tuple[int, Int32, int, Int32], pair: bool = False,
 ) -> None:  # fmt: skip
     """accumulator (+)= A B; A is in TMEM, 16 values of a step in 8 columns, from step ``gate[0]``
     on when that mbarrier phase is over."""
     pairs = tuple((8 * k, step) for k, step in enumerate(b.steps))
-    ptx.tcgen05_mma_tmem(accumulator, a, (b_tile, b.high), descriptor, pairs, accumulate, gate)
+    ptx.tcgen05_mma_tmem(
+        accumulator, a, (b_tile, b.high), descriptor, pairs, accumulate, gate, pair
+    )

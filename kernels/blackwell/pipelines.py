@@ -9,7 +9,6 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Float32, Int32, Int64
 from cutlass._mlir.dialects import nvvm
-from cutlass.cute.nvgpu import tcgen05
 from cutlass.cutlass_dsl import extract_mlir_values, new_from_mlir_values
 
 from cute_fmha.kernels.blackwell import ptx
@@ -134,11 +133,7 @@ class Barriers:
     def commit(self, name: str, index: Any = 0) -> None:
         """Have the tensor core arrive when all MMAs issued so far are complete."""
         self._check(name, "commit")
-        if self.topology.ctas == 1:
-            ptx.tcgen05_commit(*self.place(name, index))
-        else:
-            with cute.arch.elect_one():
-                tcgen05.commit(self.at(name, index), 0b11, tcgen05.CtaGroup.TWO)
+        ptx.tcgen05_commit(*self.place(name, index), self.topology.ctas == 2)
 
     def committing(self, name: str, index: Any = 0) -> tuple[Int32, int]:
         """`place`, for MMAs that commit themselves."""
@@ -146,9 +141,10 @@ class Barriers:
         return self.place(name, index)
 
     def expect(self, name: str, size: int, index: Any = 0) -> Any:
-        """Arrive and announce ``size`` bytes; returns the mbarrier for the copies."""
+        """Arrive and announce ``size`` bytes, in a pair those of both CTAs where the barrier is the
+        first one's; returns the mbarrier for the copies."""
         self._check(name, "bytes")
-        ptx.mbarrier_expect(*self.place(name, index), size)
+        ptx.mbarrier_expect(*self.place(name, index), size, self.topology.of_first(name))
         return self.at(name, index)
 
     def expect_elected(self, name: str, size: int, index: Any = 0) -> Any:
@@ -156,6 +152,15 @@ class Barriers:
         self._check(name, "bytes")
         cute.arch.mbarrier_arrive_and_expect_tx(self.at(name, index), size)
         return self.at(name, index)
+
+
+def meet(ctas: int) -> None:
+    """Wait for all threads of the cluster."""
+    if ctas == 2:
+        cute.arch.cluster_arrive()
+        cute.arch.cluster_wait()
+    else:
+        cute.arch.sync_threads()
 
 
 def _number(value: Any) -> Any:

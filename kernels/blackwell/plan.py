@@ -95,6 +95,10 @@ class Plan:
 
     A work tile is ``q_tiles`` × ``tile_m`` rows of one query head: each Q tile has its own softmax
     warpgroup and its own range of KV tiles, the fetched K and V serve all of them.
+
+    With ``pair`` two CTAs have one Q tile of ``tile_m`` rows each, the KV tiles of both, and of
+    each half of the keys of K and half of the columns of V. KV tiles go by turns to two softmax
+    warpgroups and two S.
     """
 
     head_dim: int
@@ -115,6 +119,7 @@ class Plan:
     pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
     by_polynomial: int = 0  # of 16 exponentials, those without the special-function unit
     rescale_threshold: float = 3.0  # log2 that a maximum rises by before O is rescaled
+    pair: bool = False
     op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
@@ -131,15 +136,30 @@ class Plan:
 
     @functools.cached_property
     def tmem(self) -> TmemMap:
-        return attention_map(self.q_tiles, self.tile_n, self.head_dim_v)
+        return attention_map(self.groups, self.q_tiles, self.tile_n, self.head_dim_v)
+
+    @property
+    def ctas(self) -> int:
+        """CTAs that share a work tile."""
+        return 2 if self.pair else 1
+
+    @property
+    def groups(self) -> int:
+        """Softmax warpgroups, each with an S of its own."""
+        return 2 if self.pair else self.q_tiles
+
+    @property
+    def mma_rows(self) -> int:
+        """Rows of an MMA, which have their KV tiles in common."""
+        return self.ctas * self.tile_m
 
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role."""
-        softmax = 4 * self.q_tiles
-        counts = (192, 80, 48) if self.q_tiles == 2 else (208, 136, 96)
+        softmax = 4 * self.groups
+        counts = (192, 80, 48) if self.groups == 2 else (208, 136, 96)
         return (
-            Role("softmax", tuple(range(softmax)), counts[0], groups=self.q_tiles),
+            Role("softmax", tuple(range(softmax)), counts[0], groups=self.groups),
             Role("correction", tuple(range(softmax, softmax + 4)), counts[1]),
             Role("mma", (softmax + 4,), counts[2]),
             Role("load", (softmax + 5,), counts[2]),
@@ -156,7 +176,7 @@ class Plan:
 
     @property
     def work_rows(self) -> int:
-        return self.q_tiles * self.tile_m
+        return self.q_tiles * self.mma_rows
 
     @property
     def ragged_keys(self) -> bool:
@@ -185,11 +205,11 @@ class Plan:
         element = self.dtype.itemsize
         return {
             "Q": self.q_tiles * self.tile_m * self.head_dim * element,
-            "K": self.k_stages * self.tile_n * self.head_dim * element,
-            "V": self.v_stages * self.tile_n * self.head_dim_v * element,
+            "K": self.k_stages * self.tile_n * self.head_dim * element // self.ctas,
+            "V": self.v_stages * self.tile_n * self.head_dim_v * element // self.ctas,
             "O": 0 if self.o_over_v else self.o_bytes,
             "mask": self.mask_words * 4,
-            "statistics": self.q_tiles * self.tile_m * 2 * 4,
+            "statistics": self.groups * self.tile_m * 2 * 4,
             "other": OTHER_BYTES,
         }
 
@@ -204,6 +224,11 @@ def polynomials(head_dim: int, features: Features) -> int:
     if head_dim > 128 or (masked and features.softcap):
         return 0
     return 2 if head_dim == 128 or masked else 4
+
+
+def pairs(features: Features) -> bool:
+    """Whether a pair of CTAs can have ``features``."""
+    return not (features.skip or features.block_mask)
 
 
 @functools.cache
@@ -226,6 +251,9 @@ def make_plan(
             head_dim, head_dim_v, dtype, out_dtype, features, v_stages=1, o_over_v=True,
             op=op or Op(),
         )  # fmt: skip
+    if head_dim == 256 and pairs(features):
+        return Plan(head_dim, head_dim_v, dtype, out_dtype, features, pair=True, q_tiles=1,
+                    op=op or Op())  # fmt: skip
     wide = head_dim > 128
     plan = Plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,

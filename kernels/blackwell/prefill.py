@@ -66,11 +66,11 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.device import DTYPES
-from cute_fmha.kernels.blackwell.pipelines import Barriers
+from cute_fmha.kernels.blackwell.pipelines import Barriers, meet
 from cute_fmha.kernels.blackwell.plan import HEADER, MASK_TILES, RANGE, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
-from cute_fmha.kernels.blackwell.prefill_mma import mma
+from cute_fmha.kernels.blackwell.prefill_mma import mma, mma_pair
 from cute_fmha.kernels.blackwell.prefill_operands import (
     Global,
     Layouts,
@@ -95,8 +95,8 @@ class Prefill:
         self.topology = prefill_topology(plan)
         self.dtype = DTYPES[plan.dtype]
         self.out_dtype = DTYPES[plan.out_dtype]
-        self.qk_tiler = (plan.tile_m, plan.tile_n, plan.head_dim)
-        self.pv_tiler = (plan.tile_m, plan.head_dim_v, plan.tile_n)
+        self.qk_tiler = (plan.mma_rows, plan.tile_n, plan.head_dim)
+        self.pv_tiler = (plan.mma_rows, plan.head_dim_v, plan.tile_n)
         self.store = Store(plan.tile_m, plan.leaving, self.out_dtype)
 
     @cute.jit
@@ -118,14 +118,14 @@ class Prefill:
             mV = ragged(mV, 1)
         if cutlass.const_expr(plan.features.packed):
             mO = ragged(mO, 0)
-        one = tcgen05.CtaGroup.ONE
+        group = tcgen05.CtaGroup.TWO if plan.pair else tcgen05.CtaGroup.ONE
         mmas = Mmas(
             qk=sm100.make_trivial_tiled_mma(
-                self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, one,
+                self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.K, Float32, group,
                 self.qk_tiler[:2],
             ),
             pv=sm100.make_trivial_tiled_mma(
-                self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.MN, Float32, one,
+                self.dtype, self.dtype, OperandMajorMode.K, OperandMajorMode.MN, Float32, group,
                 self.pv_tiler[:2], tcgen05.OperandSource.TMEM,
             ),
         )  # fmt: skip
@@ -138,8 +138,9 @@ class Prefill:
                 (plan.tile_m, plan.leaving.chunk), plan.o_stages,
             ),
         )  # fmt: skip
-        load, save = cpasync.CopyBulkTensorTileG2SOp(one), cpasync.CopyBulkTensorTileS2GOp()
-        cluster = cute.tiled_divide(cute.make_layout((1, 1, 1)), (mmas.qk.thr_id.shape,)).shape
+        load, save = cpasync.CopyBulkTensorTileG2SOp(group), cpasync.CopyBulkTensorTileS2GOp()
+        ctas = cute.make_layout((plan.ctas, 1, 1))
+        cluster = cute.tiled_divide(ctas, (mmas.qk.thr_id.shape,)).shape
         tile = [0, 1, 2]
         tma_q, gQ = cute.nvgpu.make_tiled_tma_atom_A(
             load, mQ, cute.select(layouts.sQ, mode=tile), self.qk_tiler, mmas.qk, cluster
@@ -158,7 +159,8 @@ class Prefill:
             tensors.mMask,
         )  # fmt: skip
         self.kernel(mmas, mem, layouts, scalars).launch(
-            grid=(works, 1, 1), block=(plan.threads, 1, 1), min_blocks_per_mp=1, stream=stream,
+            grid=(works * plan.ctas, 1, 1), block=(plan.threads, 1, 1),
+            cluster=(plan.ctas, 1, 1), min_blocks_per_mp=1, stream=stream,
         )  # fmt: skip
 
     def rows(self, mX: cute.Tensor) -> cute.Tensor:
@@ -212,9 +214,9 @@ class Prefill:
                 ],
                 1024,
             ]
-            sScale: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
-            sMax: cute.struct.MemRange[Float32, plan.q_tiles * plan.tile_m]
-            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, 4 * 2 * plan.q_tiles], 4]
+            sScale: cute.struct.MemRange[Float32, plan.groups * plan.tile_m]
+            sMax: cute.struct.MemRange[Float32, plan.groups * plan.tile_m]
+            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, 4 * 2 * plan.groups], 4]
             sWork: cute.struct.MemRange[Int32, words * WORK_STAGES]
             sMask: cute.struct.MemRange[Int32, max(plan.mask_words, 1)]
             sClaim: cute.struct.Align[cute.struct.MemRange[Int32, 4], 16]
@@ -224,8 +226,8 @@ class Prefill:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = cutlass.utils.SmemAllocator().allocate(Storage)
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
-        per_row = cute.make_layout((plan.tile_m, plan.q_tiles))
-        votes = storage.sVotes.get_tensor(cute.make_layout((4, 2, plan.q_tiles)))
+        per_row = cute.make_layout((plan.tile_m, plan.groups))
+        votes = storage.sVotes.get_tensor(cute.make_layout((4, 2, plan.groups)))
         o_buffers = storage.sV.data_ptr() if plan.o_over_v else storage.sO.data_ptr()
         o_buffers = cute.recast_ptr(o_buffers, layouts.sO.inner, dtype=self.out_dtype)
         shared = Shared(
@@ -253,9 +255,9 @@ class Prefill:
                 barriers.initialise()
             cute.arch.mbarrier_init_fence()
         if warp == mma_warp:
-            cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem)
-            cute.arch.relinquish_tmem_alloc_permit()
-        cute.arch.sync_threads()
+            cute.arch.alloc_tmem(plan.tmem.columns, storage.tmem, is_two_cta=plan.pair)
+            cute.arch.relinquish_tmem_alloc_permit(is_two_cta=plan.pair)
+        meet(plan.ctas)
         tmem = cute.arch.retrieve_tmem_ptr(Float32, 16, storage.tmem)
         work = Work(plan, mem, scalars, shared)
         if warp < plan.role("softmax").warps[-1] + 1:
@@ -276,7 +278,8 @@ class Prefill:
         else:
             cute.arch.setmaxregister_decrease(plan.role("mma").registers)
             if warp == mma_warp:
-                mma(plan, work, mmas, shared, tmem, barriers.of("mma"))
+                multiply = mma_pair if plan.pair else mma
+                multiply(plan, work, mmas, shared, tmem, barriers.of("mma"))
             elif warp == load_warp:
                 load(plan, work, mmas, mem, shared, barriers.of("load"))
             elif warp == values_warp:
@@ -291,6 +294,6 @@ class Prefill:
                     shared,
                     barriers.of("epilogue"),
                 )
-        cute.arch.sync_threads()
+        meet(plan.ctas)
         if warp == mma_warp:
-            cute.arch.dealloc_tmem(tmem, plan.tmem.columns)
+            cute.arch.dealloc_tmem(tmem, plan.tmem.columns, is_two_cta=plan.pair)

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Cursor
 from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
 from cute_fmha.kernels.blackwell.softmax import EMPTY, LN2, LOG2_E, scaled, with_sink
+
+
+@dataclass(frozen=True)
+class GroupMaxima(Carried):
+    """What a row's Σ P is relative to in either softmax warpgroup of a pair."""
+
+    first: Float32
+    second: Float32
+
+    @property
+    def both(self) -> tuple[Float32, Float32]:
+        return self.first, self.second
+
+    @property
+    def joint(self) -> Float32:
+        """The running maximum: it never falls."""
+        return cute.arch.fmax(self.first, self.second)
 
 
 @cute.jit
@@ -30,18 +49,22 @@ def correction(
     thread = cute.arch.thread_idx()[0] % 128
     warp = ptx.opaque(cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4)
     phase = [Int32(0) for _ in range(plan.q_tiles)]  # of stats_full and o_full
+    turn = Int32(0)  # in a pair the softmax warpgroup that tells of the next KV tile
     chunk = Cursor(plan.o_stages)
+    # Whether every KV tile is told of, the first one, too.
+    every = plan.features.skip or plan.pair
     tile = work.first(barriers)
     while tile.exists:
         first, end, q_tiles = work.keys(tile)
+        maxima = GroupMaxima(Float32(EMPTY), Float32(EMPTY))
         fresh = [Boolean(True) for _ in range(plan.q_tiles)]
         for t in cutlass.range_constexpr(plan.q_tiles):
             # O is free: the first P V overwrites it. Which tile that is, a skip decides.
-            if cutlass.const_expr(not plan.features.skip):  # noqa: SIM102
+            if cutlass.const_expr(not every):  # noqa: SIM102
                 if q_tiles[t].any:
                     barriers.arrive("p_ready", t)
                     fresh[t] = Boolean(False)
-        without = 0 if plan.features.skip else 1
+        without = 0 if every else 1
         spans = work.spans(q_tiles, first, end, without)
         for i in cutlass.range_constexpr(len(spans)):
             n, last, sharers = spans[i]
@@ -51,10 +74,16 @@ def correction(
                     if cutlass.const_expr(plan.features.block_mask is not None):
                         again = n >= q_tiles[t].begin + without
                         needed = work.has(tile, q_tiles, t, n) & again
-                    if needed:
+                    if cutlass.const_expr(plan.pair):
+                        maxima = correct_pair(
+                            plan, shared, scalars, barriers, tmem, thread, warp, turn, maxima
+                        )
+                        turn = turn ^ 1
+                        fresh[t] = Boolean(False)
+                    elif needed:
                         fresh[t] = correct(plan, shared, barriers, tmem, t, thread, warp, fresh[t])
                 n = work.after(tile, n, last)
-        if cutlass.const_expr(not plan.features.skip):
+        if cutlass.const_expr(not every):
             for t in cutlass.range_constexpr(plan.q_tiles):
                 if q_tiles[t].any:
                     barriers.arrive("stats_empty", t)
@@ -66,17 +95,25 @@ def correction(
         for t in cutlass.range_constexpr(plan.q_tiles):
             tile, q_tiles = work.again(tile, q_tiles)
             first_row = work.first_row(tile, t)
-            if first_row < work.rows(tile):
+            if work.leaves(tile, t):
                 row = first_row + thread
                 empty = fresh[t]
                 apply = store.apply(work.output_row(tile, row), mem.op)
                 total, row_max = Float32(0.0), Float32(EMPTY)
                 if q_tiles[t].any:
-                    barriers.wait("stats_full", phase[t], t)
-                    total = shared.sScale[thread, t]
-                    row_max = shared.sMax[thread, t]
-                    if cutlass.const_expr(plan.features.skip):
-                        barriers.arrive("stats_empty", t)
+                    if cutlass.const_expr(plan.pair):
+                        row_max = maxima.joint
+                        for g, maximum in enumerate(maxima.both):
+                            barriers.wait("stats_full", phase[t], g)
+                            fade = ptx.exp2((maximum - row_max) * scalars.scale_log2)
+                            total += shared.sScale[thread, g] * fade
+                            barriers.arrive("stats_empty", g)
+                    else:
+                        barriers.wait("stats_full", phase[t], t)
+                        total = shared.sScale[thread, t]
+                        row_max = shared.sMax[thread, t]
+                        if cutlass.const_expr(plan.features.skip):
+                            barriers.arrive("stats_empty", t)
                     if cutlass.const_expr(not plan.o_over_v):
                         barriers.wait_tmem("o_full", phase[t], t)
                     phase[t] = phase[t] ^ 1
@@ -120,6 +157,25 @@ def correct(plan, shared: Shared, barriers, tmem, t: cutlass.Constexpr, thread, 
 
 
 @cute.jit
+def correct_pair(
+    plan, shared: Shared, scalars: Scalars, barriers, tmem, thread, warp, turn: Int32, maxima
+):  # fmt: skip
+    """O of a pair for the next KV tile, which is warpgroup ``turn``'s: the maxima with that tile's.
+    O is left alone where it is not there yet, or 0."""
+    barriers.hear("fade", 4 * turn + warp)
+    maximum = shared.sMax[thread, turn]
+    before = maxima.joint
+    fade = ptx.exp2((before - maximum) * scalars.scale_log2)
+    fade = cutlass.select_(before > EMPTY, fade, Float32(1.0))
+    rescale(plan, tmem_row(tmem, thread) + plan.tmem["O0"].start, fade)
+    barriers.arrive("p_ready", turn)
+    return GroupMaxima(
+        cutlass.select_(turn == 0, maximum, maxima.first),
+        cutlass.select_(turn == 0, maxima.second, maximum),
+    )
+
+
+@cute.jit
 def rescale(plan, tO: Int32, fade: Float32):
     """O = fade · O, if a row of this warp fades, 16 columns at a time.
 
@@ -155,8 +211,8 @@ def epilogue(
         mO = work.outputs(tile, mem.mO)
         gO = cute.local_tile(mO, (plan.tile_m, plan.leaving.chunk), (None, None))
         for t in cutlass.range_constexpr(plan.q_tiles):
-            if work.first_row(tile, t) < work.rows(tile):
-                row_tile = tile.block * plan.q_tiles + t
+            if work.leaves(tile, t):
+                row_tile = work.row_tile(tile, t)
                 chunk = store.consume(
                     mem.tma_o, gO[None, None, row_tile, None], shared.sO, barriers, chunk
                 )

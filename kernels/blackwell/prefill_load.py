@@ -44,15 +44,15 @@ def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barrie
     """Reads: Q, K in global memory. Writes: sQ, sK by TMA.
     Waits: q_empty, k_empty. Signals: q_full, k_full. Registers: 48."""
     element = plan.dtype.itemsize
-    qk = mmas.qk.get_slice(0)
-    q_bytes = plan.tile_m * plan.head_dim * element
+    qk = mmas.qk.get_slice(work.rank)
+    q_bytes = plan.mma_rows * plan.head_dim * element
     k_bytes = plan.tile_n * plan.head_dim * element
     q_phase = Int32(0)
     k = Cursor(plan.k_stages)
     tile = work.first(barriers)
     while tile.exists:
         # (ROW, D, ROW_TILE), (KEY, D, KEY_TILE)
-        gQ = cute.local_tile(work.queries(tile, mem.mQ), (plan.tile_m, plan.head_dim), (None, 0))
+        gQ = cute.local_tile(work.queries(tile, mem.mQ), (plan.mma_rows, plan.head_dim), (None, 0))
         gK = cute.local_tile(work.key_rows(tile, mem.mK), (plan.tile_n, plan.head_dim), (None, 0))
         # (TMA, STAGE) and (TMA, TILE) each
         tQsQ, tQgQ = partition(mem.tma_q, shared.sQ, qk.partition_A(gQ))
@@ -81,7 +81,7 @@ def load_values(
 
     Reads: V in global memory. Writes: sV by TMA.
     Waits: decided, v_empty, stored. Signals: decision_read, v_full, stored_read. Registers: 48."""
-    pv = mmas.pv.get_slice(0)
+    pv = mmas.pv.get_slice(work.rank)
     v_bytes = plan.tile_n * plan.head_dim_v * plan.dtype.itemsize
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
     v = Cursor(plan.v_stages)

@@ -21,6 +21,24 @@ from cute_fmha.kernels.blackwell.prefill_operands import Mmas, Shared
 from cute_fmha.kernels.blackwell.prefill_work import Work
 
 
+def operands(
+    plan: Plan, mmas: Mmas, shared: Shared
+) -> tuple[Operand, Operand, Operand, int, int, int]:
+    """Q, K and V as the tensor core reads them, the kinds of Q Kᵀ and of P V, and the first of the
+    steps over P that p_last is for."""
+    dtype = DTYPES[plan.dtype]
+    qk, pv = mmas.qk.get_slice(0), mmas.pv.get_slice(0)
+    return (
+        # (MMA, MMA_M, MMA_K, TILE), (MMA, MMA_N, MMA_K, STAGE) twice
+        Operand.of(qk.make_fragment_A(shared.sQ)),
+        Operand.of(qk.make_fragment_B(shared.sK)),
+        Operand.of(pv.make_fragment_B(shared.sV)),
+        instruction_descriptor(dtype, plan.mma_rows, plan.tile_n, False),
+        instruction_descriptor(dtype, plan.mma_rows, plan.head_dim_v, True),
+        plan.tile_n // 16 * 3 // 4,
+    )
+
+
 @cute.jit
 def mma(
     plan: Plan, work: Work, mmas: Mmas, shared: Shared, tmem: cute.Pointer, barriers: Barriers
@@ -28,20 +46,12 @@ def mma(
     """Reads: sQ, sK, sV, P. Writes: S, O in TMEM.
     Waits: q_full, k_full, v_full, p_ready, p_last, decided.
     Signals: q_empty, k_empty, v_empty, s_full, o_full. Registers: 48."""
-    dtype = DTYPES[plan.dtype]
-    qk, pv = mmas.qk.get_slice(0), mmas.pv.get_slice(0)
-    # (MMA, MMA_M, MMA_K, TILE), (MMA, MMA_N, MMA_K, STAGE) twice
-    q = Operand.of(qk.make_fragment_A(shared.sQ))
-    k_tiles = Operand.of(qk.make_fragment_B(shared.sK))
-    v_tiles = Operand.of(pv.make_fragment_B(shared.sV))
+    q, k_tiles, v_tiles, qk_kind, pv_kind, last_quarter = operands(plan, mmas, shared)
     columns = tmem.toint()
     tS, tP, tO = (
         [columns + plan.tmem[f"{name}{t}"].start for t in range(plan.q_tiles)]
         for name in ("S", "P", "O")
     )
-    qk_kind = instruction_descriptor(dtype, plan.tile_m, plan.tile_n, False)
-    pv_kind = instruction_descriptor(dtype, plan.tile_m, plan.head_dim_v, True)
-    last_quarter = plan.tile_n // 16 * 3 // 4  # of the steps over P: the first that p_last is for
     q_phase = Int32(0)
     p_phase = [Int32(0) for _ in range(plan.q_tiles)]
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
@@ -101,5 +111,58 @@ def mma(
                     if coming == end - 1:
                         for t in cutlass.range_constexpr(plan.q_tiles):
                             barriers.commit("q_empty", t)
+                n = coming
+        tile = work.next(tile, barriers)
+
+
+@cute.jit
+def mma_pair(
+    plan: Plan, work: Work, mmas: Mmas, shared: Shared, tmem: cute.Pointer, barriers: Barriers
+):  # fmt: skip
+    """`mma` of a pair: the first CTA's for both. Q Kᵀ of the tile that is coming goes to the other
+    S, before P V of tile n, whose P is still in the making.
+
+    Reads, writes, waits and signals as `mma`."""
+    q, k_tiles, v_tiles, qk_kind, pv_kind, last_quarter = operands(plan, mmas, shared)
+    columns = tmem.toint()
+    tS, tP, tO = (columns + plan.tmem[name].start for name in ("S0", "P0", "O0"))
+    q_phase = Int32(0)
+    # S that is next to be made, P that is next to be read: KV tiles by turns.
+    s, p = Cursor(2), Cursor(2)
+    k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
+    leads = work.rank == 0
+    tile = work.first(barriers)
+    while tile.exists:
+        first, end, _ = work.keys(tile)
+        if leads & (end > first):
+            barriers.wait("q_full", q_phase)
+            q_phase = q_phase ^ 1
+            accumulate = Int32(0)
+            n = ptx.opaque(first - 1)
+            while n < end:
+                coming = work.after(tile, n, end)
+                if coming < end:
+                    barriers.wait("k_full", k.phase, k.index)
+                    multiply_shared(
+                        tS + s.index * plan.tile_n, q, q.tile(0), k_tiles, k_tiles.tile(k.index),
+                        qk_kind, barriers.committing("s_full", s.index), True,
+                    )  # fmt: skip
+                    barriers.commit("k_empty", k.index)
+                    k, s = k.next(), s.next()
+                    if coming == end - 1:
+                        barriers.commit("q_empty")
+                if n >= first:
+                    barriers.wait("v_full", v.phase, v.index)
+                    barriers.wait_tmem("p_ready", p.phase, p.index)
+                    rest = (last_quarter, *barriers.place("p_last", p.index), p.phase)
+                    multiply_tmem(
+                        tO, tP + p.index * plan.tile_n, v_tiles, v_tiles.tile(v.index), pv_kind,
+                        accumulate, rest, True,
+                    )  # fmt: skip
+                    accumulate = ptx.opaque(Int32(1))
+                    barriers.commit("v_empty", v.index)
+                    v, p = v.next(), p.next()
+                    if n == end - 1:
+                        barriers.commit("o_full")
                 n = coming
         tile = work.next(tile, barriers)

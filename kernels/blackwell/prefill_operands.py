@@ -92,10 +92,10 @@ class Shared(NamedTuple):
     sK: Any  # (MMA, MMA_N, MMA_K, STAGE)
     sV: Any  # (MMA, MMA_N, MMA_K, STAGE)
     sO: Any  # (ROWS, CHUNK, STAGE)
-    sScale: Any  # (ROWS, TILE): fade of a KV tile, at the end the row sum
-    sMax: Any  # (ROWS, TILE): at the end the row maximum
-    sVotes: Any  # (WARP, 2, TILE) bytes: whether a warp's rows keep a KV tile
-    sKeep: Any  # (2, TILE): the same bytes as one word, 0 if nobody keeps it
+    sScale: Any  # (ROWS, GROUP): fade of a KV tile, at the end the row sum
+    sMax: Any  # (ROWS, GROUP): at the end the row maximum; in a pair that of every KV tile
+    sVotes: Any  # (WARP, 2, GROUP) bytes: whether a warp's rows keep a KV tile
+    sKeep: Any  # (2, GROUP): the same bytes as one word, 0 if nobody keeps it
     sWork: Any  # (WORD, STAGE): records of work tiles
     sClaim: Any  # (4,): answer of cluster launch control
     sMask: Any  # (VISIBLE and MIXED of each TILE, WORD, STAGE): bits of a block mask

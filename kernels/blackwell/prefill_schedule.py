@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Int32
+from cutlass import Boolean, Int32
 
 from cute_fmha import tiling
+from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.blockmask import TileBits
 from cute_fmha.kernels.blackwell.device import device_function
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
@@ -255,12 +256,13 @@ class Schedule(Fixed):
         if turn.left != 0:
             barriers.wait("work_empty", parity, slot)
             # Not claimed earlier: somebody else may be free before.
-            left, phase, index = turn.left, turn.phase, cute.arch.block_idx()[0]
+            left, phase = turn.left, turn.phase
+            index = cute.arch.block_idx()[0] // self.plan.ctas
             walk = Walk(turn.level, turn.above, turn.passed)
             place = Place(Int32(0), Int32(0), Int32(0), Int32(0), Int32(0))
             while (left != 0) & (place.exists == 0):
                 if left != OWN:
-                    left, index = claim(shared, barriers, phase)
+                    left, index = claim(self.plan, shared, barriers, phase)
                     phase = phase ^ 1
                 if left != 0:
                     left = Int32(SOME)
@@ -322,7 +324,7 @@ class Schedule(Fixed):
         """The four of `KeyTiles` for Q tile ``t``."""
         plan = self.plan
         # Positions, of which a Q tile has all heads of a group where heads are packed.
-        per_tile = plan.tile_m // plan.pack
+        per_tile = plan.mma_rows // plan.pack
         position = (block * plan.q_tiles + t) * per_tile
         position_end = cutlass.min(position + per_tile, sequence.seqlen_q)
         begin, full_begin, full_end, end = kv_tile_ranges(
@@ -335,14 +337,22 @@ class Schedule(Fixed):
 
 
 @cute.jit
-def claim(shared: Shared, barriers: Barriers, phase: Int32):
-    """(whether there is, which) work tile of a CTA that has not started and now never will."""
+def claim(plan: Plan, shared: Shared, barriers: Barriers, phase: Int32):
+    """(whether there is, which) work tile of a CTA that has not started and now never will; of a
+    pair the first CTA asks, and both get the answer."""
     bar = barriers.expect("claimed", 16)
-    with cute.arch.elect_one():
-        cute.arch.issue_clc_query(bar, shared.sClaim.iterator, multicast=False)
+    asks = Boolean(True)
+    if cutlass.const_expr(plan.pair):
+        barriers.arrive("claiming")
+        asks = ptx.cluster_rank() == 0
+        if asks:
+            barriers.wait("claiming", phase)
+    if asks:
+        with cute.arch.elect_one():
+            cute.arch.issue_clc_query(bar, shared.sClaim.iterator, multicast=plan.pair)
     barriers.wait("claimed", phase)
     index, _, _, claimed = cute.arch.clc_response(shared.sClaim.iterator)
     # The next answer comes through the async proxy.
     cute.arch.fence_proxy("async.shared", space="cta")
     cute.arch.sync_warp()
-    return claimed, index
+    return claimed, index // plan.ctas

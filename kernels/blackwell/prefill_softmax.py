@@ -46,7 +46,7 @@ class Group(NamedTuple):
     tmem: cute.Pointer
     barriers: Barriers
     warp: Int32  # of all softmax warps
-    t: Int32  # Q tile
+    t: Int32  # Q tile; in a pair, which has one, the warpgroup
     thread: Int32  # its row
 
 
@@ -62,10 +62,12 @@ class RowState(Carried):
 
 @dataclass(frozen=True)
 class SoftmaxPhases(Carried):
-    """Parities of s_full, which are those of the decisions, and of stats_empty."""
+    """Parities of s_full, which are those of the decisions, and of stats_empty; in a pair the
+    warpgroup whose turn the next KV tile is."""
 
     s: Int32
     stats: Int32
+    turn: Int32
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,15 @@ def softmax(
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     t = warp // 4
     thread = cute.arch.thread_idx()[0] % 128
-    phases = SoftmaxPhases(Int32(0), Int32(0))
+    phases = SoftmaxPhases(Int32(0), Int32(0), Int32(0))
     counts = Counts(Int32(0), Int32(0))
     skip = mem.mSkip[0] if plan.features.skip_tensor else scalars.skip
     threshold = raw_threshold(skip, scalars.scale_log2)
     tile = work.first(barriers)
     while tile.exists:
-        keys = work.keys_of(tile, t)
-        row = work.first_row(tile, t) + thread
+        of = 0 if plan.pair else t
+        keys = work.keys_of(tile, of)
+        row = work.first_row(tile, of) + thread
         needed = cutlass.select_(row < work.rows(tile), Float32(EMPTY), Float32(ABSENT))
         if cutlass.const_expr(plan.features.skip_relative):
             # A division has a call in it, across which no uniform register lives.
@@ -106,7 +109,7 @@ def softmax(
             work, shared, scalars._replace(skip=threshold), tmem, barriers, warp, t, thread
         )
         state = RowState(Float32(EMPTY), Float32(0.0), needed)
-        if cutlass.const_expr(plan.features.skip):  # noqa: SIM102  (compile and run time)
+        if cutlass.const_expr(plan.features.skip or plan.pair):  # noqa: SIM102  (as below)
             if keys.any:
                 barriers.wait("stats_empty", phases.stats ^ 1, t)
         n = keys.begin
@@ -144,10 +147,11 @@ def softmax(
         if keys.any:
             if cutlass.const_expr(plan.features.skip):
                 barriers.wait("decision_read", phases.s ^ 1, t)
-            else:
+            elif cutlass.const_expr(not plan.pair):
                 barriers.wait("stats_empty", phases.stats, t)
             shared.sScale[thread, t] = state.total
-            shared.sMax[thread, t] = state.maximum
+            if cutlass.const_expr(not plan.pair):
+                shared.sMax[thread, t] = state.maximum
             barriers.arrive("stats_full", t)
             phases = replace(phases, stats=phases.stats ^ 1)
         tile = work.next(tile, barriers)
@@ -159,6 +163,24 @@ def softmax(
 
 @cute.jit
 def softmax_step(
+    group, tile: WorkTile, row: Int32, n: Int32, later: Boolean, state, phases, counts,
+    masked: cutlass.Constexpr,
+):  # fmt: skip
+    """`kv_tile`, in a pair if it is this warpgroup's turn: the row's next state, the phases and
+    the counts."""
+    if cutlass.const_expr(group.work.plan.pair):
+        if phases.turn == group.t:
+            state, phases, counts = kv_tile(
+                group, tile, row, n, later, state, phases, counts, masked
+            )
+        phases = replace(phases, turn=phases.turn ^ 1)
+    else:
+        state, phases, counts = kv_tile(group, tile, row, n, later, state, phases, counts, masked)
+    return state, phases, counts
+
+
+@cute.jit
+def kv_tile(
     group, tile: WorkTile, row: Int32, n: Int32, later: Boolean, state, phases, counts,
     masked: cutlass.Constexpr,
 ):  # fmt: skip
@@ -208,18 +230,44 @@ def softmax_step(
         counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
         phases = replace(phases, s=phases.s ^ 1)
     else:
-        tile_max = row_maximum(scores, state.maximum)
-        maximum, fade = new_maximum(
-            state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold
-        )
-        if later:
-            tell_fade(group, fade)
+        if cutlass.const_expr(plan.pair):
+            tile_max = row_maximum(scores, Float32(-Float32.inf))
+            maximum, fade = joint_maximum(group, tile_max, later, state, phases)
+        else:
+            tile_max = row_maximum(scores, state.maximum)
+            maximum, fade = new_maximum(
+                state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold
+            )
+            if later:
+                tell_fade(group, fade)
         minus_max = -maximum * scalars.scale_log2
         total = probabilities(group, [], scores, tP, minus_max, state.total * fade)
         state = RowState(maximum, total, state.needed)
         phases = replace(phases, s=phases.s ^ 1)
         counts = Counts(counts.skipped, counts.visited + 1)
     return state, phases, counts
+
+
+@cute.jit
+def joint_maximum(group: Group, tile_max: Float32, later: Boolean, state, phases):
+    """(maximum, fade of what this warpgroup has so far) of a KV tile with ``tile_max``, after the
+    other warpgroup's tile before; told to that and to the correction.
+
+    The place of the maximum is free: S of this tile was made after P V two tiles before, for which
+    the correction had read it, and the other warpgroup's tile between them had, too."""
+    work, shared, scalars, _, barriers, warp, t, thread = group
+    running = Float32(EMPTY)
+    barriers.wait("maxima", phases.s ^ Int32(t == 0), t ^ 1)
+    if later:
+        running = shared.sMax[thread, t ^ 1]
+    maximum, _ = new_maximum(
+        running, cute.arch.fmax(running, tile_max), scalars.scale_log2,
+        work.plan.rescale_threshold,
+    )  # fmt: skip
+    shared.sMax[thread, t] = maximum
+    barriers.arrive("maxima", t)
+    barriers.tell("fade", warp)
+    return maximum, ptx.exp2((state.maximum - maximum) * scalars.scale_log2)
 
 
 def score_row(plan: Plan, tS: Int32, scalars: Scalars) -> list[Float32]:

@@ -88,6 +88,11 @@ class Work(Fixed):
         self.sWork = shared.sWork
         self.bits = TileBits(plan, mem.mMask, shared.sMask)
 
+    @property
+    def rank(self) -> Any:
+        """This CTA's in its pair; read where it is asked for."""
+        return ptx.cluster_rank() if self.plan.pair else 0
+
     # ------------------------------------------------------------------ work tiles
 
     def first(self, barriers: Barriers) -> WorkTile:
@@ -121,7 +126,18 @@ class Work(Fixed):
 
     def first_row(self, tile: WorkTile, t: Any) -> Int32:
         """The first row of Q tile ``t`` in its sequence."""
-        return tile.block * self.plan.work_rows + t * self.plan.tile_m
+        return self.row_tile(tile, t) * self.plan.tile_m
+
+    def row_tile(self, tile: WorkTile, t: Any) -> Int32:
+        """Which of its sequence's Q tiles Q tile ``t`` of this CTA is."""
+        if self.plan.pair:
+            return tile.block * 2 + self.rank
+        return tile.block * self.plan.q_tiles + t
+
+    def leaves(self, tile: WorkTile, t: Any) -> Boolean:
+        """Whether rows of Q tile ``t`` are stored. In a pair both CTAs go the same way: of rows
+        that do not exist the TMA stores nothing."""
+        return Boolean(self.plan.pair) | (self.first_row(tile, t) < self.rows(tile))
 
     def rows(self, tile: WorkTile) -> Int32:
         """All rows of the sequence."""

@@ -72,21 +72,33 @@ def mbarrier_wait(address: Int32, offset: int, phase: Any, *, loc=None, ip=None)
 
 
 @dsl_user_op
-def mbarrier_expect(address: Int32, offset: int, size: int, *, loc=None, ip=None) -> None:
-    """mbarrier.arrive.expect_tx by the elected lane, ``offset`` bytes from the address."""
+def mbarrier_expect(
+    address: Int32, offset: int, size: int, first: bool = False, *, loc=None, ip=None
+) -> None:
+    """mbarrier.arrive.expect_tx by the elected lane, ``offset`` bytes from the address; ``first``:
+    by the first CTA of a cluster only."""
+    lane = "elect.sync _|e, 0xffffffff;\n\t"
+    if first:
+        lane += (
+            ".reg .b32 rank;\n\tmov.u32 rank, %cluster_ctarank;\n\t"
+            "setp.eq.and.u32 e, rank, 0, e;\n\t"
+        )
     _asm(
-        "{\n\t.reg .pred e;\n\t.reg .b64 state;\n\telect.sync _|e, 0xffffffff;\n\t"
+        f"{{\n\t.reg .pred e;\n\t.reg .b64 state;\n\t{lane}"
         f"@e mbarrier.arrive.expect_tx.shared::cta.b64 state, [$0 + {offset}], {size};\n\t}}",
         [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
 
 @dsl_user_op
-def tcgen05_commit(address: Int32, offset: int, *, loc=None, ip=None) -> None:
-    """tcgen05.commit by the elected lane to the mbarrier ``offset`` bytes from the address."""
+def tcgen05_commit(
+    address: Int32, offset: int, pair: bool = False, *, loc=None, ip=None
+) -> None:
+    """tcgen05.commit by the elected lane to the mbarrier ``offset`` bytes from the address; of a
+    ``pair`` to that of both CTAs."""
     _asm(
         "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
-        f"{_commit(f'$0 + {offset}')}\n\t}}",
+        f"{_commit(f'$0 + {offset}', pair)}\n\t}}",
         [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
@@ -440,15 +452,24 @@ def _try_wait(address: str, phase: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _commit(address: str) -> str:
-    """Commit from the lane of predicate e."""
-    group = "cta_group::1.mbarrier::arrive::one.shared::cluster"
-    return f"@e tcgen05.commit.{group}.b64 [{address}];"
+def _commit(address: str, pair: bool) -> str:
+    """Commit from the lane of predicate e; of a ``pair`` to both CTAs."""
+    kind = "mbarrier::arrive::one.shared::cluster"
+    if pair:
+        return (
+            "{ .reg .b16 both; mov.b16 both, 3; "
+            f"@e tcgen05.commit.cta_group::2.{kind}.multicast::cluster.b64 [{address}], both; }}"
+        )
+    return f"@e tcgen05.commit.cta_group::1.{kind}.b64 [{address}];"
+
+
+def _group(pair: bool) -> str:
+    return "cta_group::2" if pair else "cta_group::1"
 
 
 def _mma(
-    steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str,
-    form: str = "cta_group::1", gate: tuple[int, list[str]] | None = None, last: str = "",
+    steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str, form: str,
+    gate: tuple[int, list[str]] | None = None, last: str = "",
 ) -> str:  # fmt: skip
     """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
     $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``. With
@@ -482,13 +503,15 @@ def _mma(
 @dsl_user_op
 def tcgen05_mma_shared(
     accumulator: Int32, a: tuple[Int32, Int32], b: tuple[Int32, Int32], descriptor: int,
-    steps: tuple[tuple[int, int], ...], done: tuple[Int32, int], *, loc=None, ip=None,
+    steps: tuple[tuple[int, int], ...], done: tuple[Int32, int], pair: bool = False,
+    *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """tcgen05.mma kind::f16 for every K step, from descriptors given as (low, high) words;
     overwrites the accumulator. Commits to ``done``, an mbarrier's address and an offset."""
     values = (Int32(accumulator), Int32(descriptor), *b, *a, Int32(done[0]))
+    last = _commit(f"$6 + {done[1]}", pair)
     _asm(
-        _mma(steps, True, "0", last=_commit(f"$6 + {done[1]}")), [],
+        _mma(steps, True, "0", _group(pair), last=last), [],
         [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r", effects=True,
         loc=loc, ip=ip,
     )  # fmt: skip
@@ -498,7 +521,7 @@ def tcgen05_mma_shared(
 def tcgen05_mma_tmem(
     accumulator: Int32, a: Int32, b: tuple[Int32, Int32], descriptor: int,
     steps: tuple[tuple[int, int], ...], accumulate: Int32, gate: tuple[int, Int32, int, Int32],
-    *, loc=None, ip=None,
+    pair: bool = False, *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """tcgen05.mma kind::f16 with A in TMEM, for every K step; the first adds to the accumulator
     where ``accumulate`` is not 0. ``gate``: the step before which to wait for what comes of A by
@@ -507,7 +530,7 @@ def tcgen05_mma_tmem(
     values = (Int32(x) for x in (accumulator, descriptor, *b, a, accumulate, address, phase))
     wait = [*_try_wait(f"$6 + {offset}", "$7"), "tcgen05.fence::after_thread_sync;"]
     _asm(
-        _mma(steps, False, "p", gate=(step, wait)), [],
+        _mma(steps, False, "p", _group(pair), (step, wait)), [],
         [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r,r",
         effects=True, loc=loc, ip=ip,
     )  # fmt: skip

@@ -57,15 +57,16 @@ class TmemMap:
         return max(32, 1 << (used - 1).bit_length())
 
 
-def attention_map(q_tiles: int, tile_n: int, head_dim_v: int) -> TmemMap:
-    """S and O of every Q tile in FP32; P in 16 bits over the upper half of its own S.
+def attention_map(scores: int, q_tiles: int, tile_n: int, head_dim_v: int) -> TmemMap:
+    """``scores`` times S, and O of every Q tile, in FP32; P in 16 bits over the upper half of its
+    own S.
 
     With two Q tiles of 128 keys and Dv 128: S0 0–127, S1 128–255, O0 256–383, O1 384–511.
     """
-    regions = [Region(f"S{i}", i * tile_n, tile_n) for i in range(q_tiles)]
+    regions = [Region(f"S{i}", i * tile_n, tile_n) for i in range(scores)]
     regions += [
-        Region(f"P{i}", i * tile_n + tile_n // 2, tile_n // 2, over=f"S{i}") for i in range(q_tiles)
+        Region(f"P{i}", i * tile_n + tile_n // 2, tile_n // 2, over=f"S{i}") for i in range(scores)
     ]
-    first_o = q_tiles * tile_n
+    first_o = scores * tile_n
     regions += [Region(f"O{i}", first_o + i * head_dim_v, head_dim_v) for i in range(q_tiles)]
     return TmemMap(tuple(regions))

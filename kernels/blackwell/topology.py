@@ -116,6 +116,10 @@ class Topology:
     def barrier(self, name: str) -> Barrier:
         return next(barrier for barrier in self.barriers if barrier.name == name)
 
+    def of_first(self, name: str) -> bool:
+        """Whether ``name`` is of a pair, and that of the first CTA."""
+        return self.ctas == 2 and self.barrier(name).to == "first"
+
     def offset(self, name: str) -> int:
         """Index of the first mbarrier of ``name``."""
         total = 0
@@ -159,16 +163,19 @@ def prefill_topology(plan: Plan) -> Topology:
     softmax warp to the correction warp that has its rows; the next one comes after an S whose MMA
     has waited for that correction warp, or after its decision_read.
     """
-    q_tiles = plan.q_tiles
+    q_tiles, groups = plan.q_tiles, plan.groups
+    # In a pair the first CTA's MMA warp works for both, and lanes do not arrive at its barriers.
+    way: tuple[How, To] = ("warp", "first") if plan.pair else ("thread", "own")
+    how, to = way
     workers = (role.name for role in plan.roles if role.name != "epilogue")
     decided = []
     if plan.features.skip:
         # The MMA needs no say in when the next one may be made: that is on an S which it makes
         # after it has read this one.
         decided = [
-            Barrier("decided", q_tiles, (("softmax", "warp"),)),
+            Barrier("decided", groups, (("softmax", "warp"),)),
             Barrier(
-                "decision_read", q_tiles, (("load_values", "thread"), ("correction", "thread"))
+                "decision_read", groups, (("load_values", "thread"), ("correction", "thread"))
             ),
         ]
     over_v = []
@@ -178,6 +185,14 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("stored", 1, (("epilogue", "warp"),)),
             Barrier("stored_read", 1, (("load_values", "warp"),)),
         ]
+    pair = []
+    if plan.pair:
+        pair = [
+            # Both CTAs await the next answer about work, and have read the last.
+            Barrier("claiming", 1, (("epilogue", "warp"),), "first"),
+            # The maxima up to a KV tile, for the other warpgroup's next one.
+            Barrier("maxima", groups, (("softmax", "thread"),)),
+        ]
     return Topology(
         plan.roles,
         (
@@ -185,25 +200,27 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("work_full", WORK_STAGES, (("epilogue", "warp"),)),
             Barrier("work_empty", WORK_STAGES, tuple((role, "each") for role in workers)),
             Barrier("claimed", 1, (("epilogue", "bytes"),)),
-            Barrier("q_full", q_tiles, (("load", "bytes"),)),
+            Barrier("q_full", q_tiles, (("load", "bytes"),), to),
             Barrier("q_empty", q_tiles, (("mma", "commit"),)),
-            Barrier("k_full", plan.k_stages, (("load", "bytes"),)),
+            Barrier("k_full", plan.k_stages, (("load", "bytes"),), to),
             Barrier("k_empty", plan.k_stages, (("mma", "commit"),)),
-            Barrier("v_full", plan.v_stages, (("load_values", "bytes"),)),
+            Barrier("v_full", plan.v_stages, (("load_values", "bytes"),), to),
             Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
-            Barrier("s_full", q_tiles, (("mma", "commit"),)),
+            Barrier("s_full", groups, (("mma", "commit"),)),
             # The first three quarters of P are stored, and O may be accumulated into.
-            Barrier("p_ready", q_tiles, (("softmax", "thread"), ("correction", "thread"))),
-            Barrier("p_last", q_tiles, (("softmax", "thread"),)),
+            Barrier("p_ready", groups, (("softmax", how), ("correction", how)), to),
+            Barrier("p_last", groups, (("softmax", how),), to),
             # A work tile's row sums and maxima, where fades were before. They are read, or without
             # a skip all fades are: with one, every KV tile has a fade, and they have decision_read.
-            Barrier("stats_full", q_tiles, (("softmax", "thread"),)),
-            Barrier("stats_empty", q_tiles, (("correction", "thread"),)),
+            Barrier("stats_full", groups, (("softmax", "thread"),)),
+            Barrier("stats_empty", groups, (("correction", "thread"),)),
             Barrier("o_full", q_tiles, (("mma", "commit"),)),
             *decided,
             Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),
             Barrier("chunk_empty", plan.o_stages, (("epilogue", "warp"),)),
             *over_v,
+            *pair,
         ),
+        plan.ctas,
         meetings=(Meeting("fade", "softmax", "correction"),),
     )

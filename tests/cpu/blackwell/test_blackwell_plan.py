@@ -32,7 +32,7 @@ def plan(**changes):
 
 
 def test_tmem_of_two_tiles():
-    tmem = attention_map(2, 128, 128)
+    tmem = attention_map(2, 2, 128, 128)
     assert [(r.name, r.start, r.end) for r in tmem.regions if r.over is None] == [
         ("S0", 0, 128), ("S1", 128, 256), ("O0", 256, 384), ("O1", 384, 512),
     ]  # fmt: skip
@@ -42,7 +42,7 @@ def test_tmem_of_two_tiles():
 
 def test_tmem_refuses_too_much_and_overlaps():
     with pytest.raises(ValueError, match="ends at column 768 of 512"):
-        attention_map(2, 128, 256)
+        attention_map(2, 2, 128, 256)
     with pytest.raises(ValueError, match="A and B overlap"):
         TmemMap((Region("A", 0, 64), Region("B", 32, 64)))
     with pytest.raises(ValueError, match="P is not inside A"):

@@ -101,7 +101,7 @@ class Barriers:
     def arrive_elected(self, name: str, index: Any = 0) -> None:
         """Arrive for this warp from one lane, after the caller has synchronised the warp."""
         self._check(name, "warp")
-        cute.arch.mbarrier_arrive(self.at(name, index))
+        self._arrive(name, index)
 
     def arrive_leader(self, name: str, index: Any = 0) -> None:
         """Arrive for the whole group. One warp calls it."""

@@ -226,11 +226,6 @@ def polynomials(head_dim: int, features: Features) -> int:
     return 2 if head_dim == 128 or masked else 4
 
 
-def pairs(features: Features) -> bool:
-    """Whether a pair of CTAs can have ``features``."""
-    return not (features.skip or features.block_mask)
-
-
 @functools.cache
 def make_plan(
     head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features,
@@ -239,10 +234,11 @@ def make_plan(
     """Two Q tiles of 128 keys where TMEM and shared memory allow it, and as many stages as fit.
 
     At (192, 128) Q takes 96 KiB and two K tiles as much: there is room for one V tile, and none for
-    the output beside it. At (256, 256) O takes half of TMEM, hence one Q tile, and KV tiles of 64
-    keys. Two Q tiles by 128 keys keep the special-function unit busy for 2048 cycles, the tensor
-    core for 8 a column of K and of V: at 128 as many exponentials go by polynomial as leave the
-    former well below the latter, at 64 and 96 as many as instructions allow.
+    the output beside it. At (256, 256) O takes half of TMEM: a pair of CTAs has one Q tile in each,
+    with two S, and two stages of its half of K and of V fill shared memory. Two Q tiles by 128 keys
+    keep the special-function unit busy for 2048 cycles, the tensor core for 8 a column of K and of
+    V: at 128 as many exponentials go by polynomial as leave the former well below the latter, at 64
+    and 96 as many as instructions allow.
     The bits of a block mask take the place of a chunk buffer; at (192, 128) they make tiles of 64
     keys, whose output has buffers of its own.
     """
@@ -251,13 +247,14 @@ def make_plan(
             head_dim, head_dim_v, dtype, out_dtype, features, v_stages=1, o_over_v=True,
             op=op or Op(),
         )  # fmt: skip
-    if head_dim == 256 and pairs(features):
-        return Plan(head_dim, head_dim_v, dtype, out_dtype, features, pair=True, q_tiles=1,
-                    op=op or Op())  # fmt: skip
-    wide = head_dim > 128
+    if head_dim == 256:
+        return Plan(
+            head_dim, head_dim_v, dtype, out_dtype, features, pair=True, q_tiles=1,
+            o_stages=1 if features.block_mask else 2, op=op or Op(),
+        )  # fmt: skip
     plan = Plan(
-        head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if wide else 128,
-        q_tiles=1 if head_dim_v > 128 else 2, o_stages=1 if features.block_mask else 2,
+        head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if head_dim == 192 else 128,
+        o_stages=1 if features.block_mask else 2,
         by_polynomial=polynomials(head_dim, features),
         op=op or Op(),
     )  # fmt: skip
@@ -317,7 +314,7 @@ def can_implement(problem: Problem, target: Target) -> str | None:
     no_keys = problem.seqlen_k == 0 and not problem.packed_q
     if problem.seqlen_q == 0 or no_keys or problem.batch == 0:
         return "the prefill kernel needs at least one sequence, query and key"
-    most = MASK_TILES * (64 if problem.head_dim > 128 else 128)
+    most = MASK_TILES * (64 if problem.head_dim == 192 else 128)
     if problem.block_mask is not None and problem.seqlen_k > most:
         return (
             f"the prefill kernel takes up to {most} keys with a block mask; got {problem.seqlen_k}"

@@ -97,6 +97,7 @@ class Prefill:
         self.out_dtype = DTYPES[plan.out_dtype]
         self.qk_tiler = (plan.mma_rows, plan.tile_n, plan.head_dim)
         self.pv_tiler = (plan.mma_rows, plan.head_dim_v, plan.tile_n)
+        self.votes = plan.ctas * plan.role("softmax").group_warps  # on a KV tile
         self.store = Store(plan.tile_m, plan.leaving, self.out_dtype)
 
     @cute.jit
@@ -216,7 +217,7 @@ class Prefill:
             ]
             sScale: cute.struct.MemRange[Float32, plan.groups * plan.tile_m]
             sMax: cute.struct.MemRange[Float32, plan.groups * plan.tile_m]
-            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, 4 * 2 * plan.groups], 4]
+            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, self.votes * 2 * plan.groups], 4]
             sWork: cute.struct.MemRange[Int32, words * WORK_STAGES]
             sMask: cute.struct.MemRange[Int32, max(plan.mask_words, 1)]
             sClaim: cute.struct.Align[cute.struct.MemRange[Int32, 4], 16]
@@ -227,7 +228,7 @@ class Prefill:
         storage = cutlass.utils.SmemAllocator().allocate(Storage)
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
         per_row = cute.make_layout((plan.tile_m, plan.groups))
-        votes = storage.sVotes.get_tensor(cute.make_layout((4, 2, plan.groups)))
+        votes = storage.sVotes.get_tensor(cute.make_layout((self.votes, 2, plan.groups)))
         o_buffers = storage.sV.data_ptr() if plan.o_over_v else storage.sO.data_ptr()
         o_buffers = cute.recast_ptr(o_buffers, layouts.sO.inner, dtype=self.out_dtype)
         shared = Shared(
@@ -238,7 +239,7 @@ class Prefill:
             sScale=storage.sScale.get_tensor(per_row),
             sMax=storage.sMax.get_tensor(per_row),
             sVotes=votes,
-            sKeep=cute.recast_tensor(votes, Int32)[0, None, None],
+            sKeep=cute.recast_tensor(votes, Int32),
             sWork=storage.sWork.get_tensor(cute.make_layout((words, WORK_STAGES))),
             sMask=storage.sMask.get_tensor(
                 cute.make_layout((2 * plan.q_tiles, MASK_TILES // 32, WORK_STAGES))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -16,6 +17,18 @@ from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
 from cute_fmha.kernels.blackwell.softmax import EMPTY, LN2, LOG2_E, scaled, with_sink
+
+
+class PairRow(NamedTuple):
+    """What a thread of a pair works with."""
+
+    plan: Plan
+    shared: Shared
+    scalars: Scalars
+    barriers: Barriers
+    tmem: Any
+    thread: Int32
+    warp: Int32
 
 
 @dataclass(frozen=True)
@@ -49,7 +62,8 @@ def correction(
     thread = cute.arch.thread_idx()[0] % 128
     warp = ptx.opaque(cute.arch.make_warp_uniform(cute.arch.warp_idx()) % 4)
     phase = [Int32(0) for _ in range(plan.q_tiles)]  # of stats_full and o_full
-    turn = Int32(0)  # in a pair the softmax warpgroup that tells of the next KV tile
+    # In a pair: the softmax warpgroup that tells of the next KV tile, and the V of the last P V.
+    turn, value = Cursor(2), Cursor(plan.v_stages, Int32(plan.v_stages - 1), Int32(1))
     chunk = Cursor(plan.o_stages)
     # Whether every KV tile is told of, the first one, too.
     every = plan.features.skip or plan.pair
@@ -75,11 +89,10 @@ def correction(
                         again = n >= q_tiles[t].begin + without
                         needed = work.has(tile, q_tiles, t, n) & again
                     if cutlass.const_expr(plan.pair):
-                        maxima = correct_pair(
-                            plan, shared, scalars, barriers, tmem, thread, warp, turn, maxima
-                        )
-                        turn = turn ^ 1
-                        fresh[t] = Boolean(False)
+                        mine = PairRow(plan, shared, scalars, barriers, tmem, thread, warp)
+                        maxima, kept, value = correct_pair(mine, turn, value, maxima)
+                        turn = turn.next()
+                        fresh[t] = fresh[t] & (not kept)
                     elif needed:
                         fresh[t] = correct(plan, shared, barriers, tmem, t, thread, warp, fresh[t])
                 n = work.after(tile, n, last)
@@ -146,48 +159,58 @@ def correct(plan, shared: Shared, barriers, tmem, t: cutlass.Constexpr, thread, 
     if cutlass.const_expr(plan.features.skip):
         barriers.arrive("decision_read", t)
         if cute.arch.vote_any_sync(fade <= 1.0):
-            if not fresh:
+            if not fresh and not cute.arch.vote_all_sync(fade >= 1.0):
                 rescale(plan, tO, fade)
             fresh = Boolean(False)
             barriers.arrive("p_ready", t)
     else:
-        rescale(plan, tO, fade)
+        if not cute.arch.vote_all_sync(fade >= 1.0):
+            rescale(plan, tO, fade)
         barriers.arrive("p_ready", t)
     return fresh
 
 
 @cute.jit
-def correct_pair(
-    plan, shared: Shared, scalars: Scalars, barriers, tmem, thread, warp, turn: Int32, maxima
-):  # fmt: skip
-    """O of a pair for the next KV tile, which is warpgroup ``turn``'s: the maxima with that tile's.
-    O is left alone where it is not there yet, or 0."""
-    barriers.hear("fade", 4 * turn + warp)
-    maximum = shared.sMax[thread, turn]
+def correct_pair(mine, turn: Cursor, value: Cursor, maxima):
+    """O of a pair for the next KV tile, which is one of warpgroup ``turn``: the maxima with that
+    tile's, whether it is kept, and the place of the last V then. O is left alone where it is not
+    there yet, or 0.
+
+    S of the tile was made before P V of the last: that is complete when its V is given back."""
+    plan, shared, scalars, barriers, tmem, thread, warp = mine
+    group = turn.index
+    barriers.hear("fade", 4 * group + warp)
+    maximum = shared.sMax[thread, group]
+    kept = Boolean(True)
+    if cutlass.const_expr(plan.features.skip):
+        kept = shared.keeps(turn.phase, group)
+        barriers.arrive("decision_read", group)
     before = maxima.joint
     fade = ptx.exp2((before - maximum) * scalars.scale_log2)
     fade = cutlass.select_(before > EMPTY, fade, Float32(1.0))
-    rescale(plan, tmem_row(tmem, thread) + plan.tmem["O0"].start, fade)
-    barriers.arrive("p_ready", turn)
-    return GroupMaxima(
-        cutlass.select_(turn == 0, maximum, maxima.first),
-        cutlass.select_(turn == 0, maxima.second, maximum),
+    if kept:
+        if not cute.arch.vote_all_sync(fade >= 1.0):
+            barriers.wait("v_empty", value.phase, value.index)
+            rescale(plan, tmem_row(tmem, thread) + plan.tmem["O0"].start, fade)
+        barriers.arrive("p_ready", group)
+        value = value.next()
+    maxima = GroupMaxima(
+        cutlass.select_(group == 0, maximum, maxima.first),
+        cutlass.select_(group == 0, maxima.second, maximum),
     )
+    return maxima, kept, value
 
 
-@cute.jit
-def rescale(plan, tO: Int32, fade: Float32):
-    """O = fade · O, if a row of this warp fades, 16 columns at a time.
-
-    S(n) was complete when its fade was written, and P V (n − 1) before."""
+def rescale(plan: Plan, tO: Int32, fade: Float32) -> None:
+    """O = fade · O, 16 columns at a time. P V of the last KV tile is complete: that of a Q tile
+    with its only S, which was complete when the fade was written, came before S."""
     width = 16
-    if not cute.arch.vote_all_sync(fade >= 1.0):
-        ptx.tcgen05_fence_after()
-        for c in cutlass.range_constexpr(0, plan.head_dim_v, width):
-            part = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
-            ptx.tcgen05_store(tO + c, scaled(part, fade))
-        ptx.tcgen05_wait_store()
-        ptx.tcgen05_fence_before()
+    ptx.tcgen05_fence_after()
+    for c in range(0, plan.head_dim_v, width):
+        part = ptx.tcgen05_wait_load(ptx.tcgen05_load(tO + c, width))
+        ptx.tcgen05_store(tO + c, scaled(part, fade))
+    ptx.tcgen05_wait_store()
+    ptx.tcgen05_fence_before()
 
 
 @cute.jit

@@ -57,7 +57,7 @@ def cycles(problem: Problem, target: Target) -> float:
 
 def skip_tiles(plan: Plan) -> dict[str, Any]:
     """The tiles whose skips are decided, as `cute_fmha.reference.tile_oracle` takes them."""
-    return {"tile_m": plan.tile_m, "tile_n": plan.tile_n, "pack_heads": plan.pack > 1}
+    return {"tile_m": plan.mma_rows, "tile_n": plan.tile_n, "pack_heads": plan.pack > 1}
 
 
 def compile_arguments(plan: Plan) -> tuple[Any, tuple[Any, ...]]:

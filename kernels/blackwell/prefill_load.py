@@ -15,10 +15,11 @@ from cute_fmha.kernels.blackwell.prefill_operands import Global, Mmas, Shared
 from cute_fmha.kernels.blackwell.prefill_work import Work
 
 
-def decision(shared: Shared, barriers: Barriers, t: int, phase: Int32) -> Boolean:
-    """Wait for Q tile ``t``'s next decision, of parity ``phase``: whether the KV tile is kept."""
-    barriers.wait_tmem("decided", phase, t)
-    return shared.sKeep[phase, t] != 0
+def decision(shared: Shared, barriers: Barriers, group: Any, phase: Int32) -> Boolean:
+    """Wait for a softmax warpgroup's next decision, of parity ``phase``: whether the KV tile is
+    kept."""
+    barriers.wait_tmem("decided", phase, group)
+    return shared.keeps(phase, group)
 
 
 def partition(tma: Any, shared: Any, tile: Any) -> Any:
@@ -84,6 +85,7 @@ def load_values(
     pv = mmas.pv.get_slice(work.rank)
     v_bytes = plan.tile_n * plan.head_dim_v * plan.dtype.itemsize
     decisions = [Int32(0) for _ in range(plan.q_tiles)]
+    turn = Cursor(2)  # in a pair, whose warpgroups decide by turns
     v = Cursor(plan.v_stages)
     stored = Int32(0)
     tile = work.first(barriers)
@@ -106,9 +108,14 @@ def load_values(
                 fetched = Boolean(False)
                 for t in cutlass.range_constexpr(plan.q_tiles):
                     if work.has(tile, q_tiles, t, n):
-                        keep = decision(shared, barriers, t, decisions[t])
-                        barriers.arrive("decision_read", t)
-                        decisions[t] = decisions[t] ^ 1
+                        if cutlass.const_expr(plan.pair):
+                            keep = decision(shared, barriers, turn.index, turn.phase)
+                            barriers.arrive("decision_read", turn.index)
+                            turn = turn.next()
+                        else:
+                            keep = decision(shared, barriers, t, decisions[t])
+                            barriers.arrive("decision_read", t)
+                            decisions[t] = decisions[t] ^ 1
                         if keep and not fetched:
                             v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
                             fetched = Boolean(True)

@@ -127,8 +127,9 @@ def mma_pair(
     columns = tmem.toint()
     tS, tP, tO = (columns + plan.tmem[name].start for name in ("S0", "P0", "O0"))
     q_phase = Int32(0)
-    # S that is next to be made, P that is next to be read: KV tiles by turns.
-    s, p = Cursor(2), Cursor(2)
+    # S that is next to be made, and to be decided on: KV tiles by turns. P of some is skipped.
+    s, turn = Cursor(2), Cursor(2)
+    p_phases = Int32(0)
     k, v = Cursor(plan.k_stages), Cursor(plan.v_stages)
     leads = work.rank == 0
     tile = work.first(barriers)
@@ -152,16 +153,24 @@ def mma_pair(
                     if coming == end - 1:
                         barriers.commit("q_empty")
                 if n >= first:
-                    barriers.wait("v_full", v.phase, v.index)
-                    barriers.wait_tmem("p_ready", p.phase, p.index)
-                    rest = (last_quarter, *barriers.place("p_last", p.index), p.phase)
-                    multiply_tmem(
-                        tO, tP + p.index * plan.tile_n, v_tiles, v_tiles.tile(v.index), pv_kind,
-                        accumulate, rest, True,
-                    )  # fmt: skip
-                    accumulate = ptx.opaque(Int32(1))
-                    barriers.commit("v_empty", v.index)
-                    v, p = v.next(), p.next()
+                    g, p_phase = turn.index, turn.phase
+                    keep = Boolean(True)
+                    if cutlass.const_expr(plan.features.skip):
+                        keep = decision(shared, barriers, g, turn.phase)
+                        p_phase = p_phases >> g & 1
+                    if keep:
+                        barriers.wait("v_full", v.phase, v.index)
+                        barriers.wait_tmem("p_ready", p_phase, g)
+                        rest = (last_quarter, *barriers.place("p_last", g), p_phase)
+                        multiply_tmem(
+                            tO, tP + g * plan.tile_n, v_tiles, v_tiles.tile(v.index), pv_kind,
+                            accumulate, rest, True,
+                        )  # fmt: skip
+                        accumulate = ptx.opaque(Int32(1))
+                        barriers.commit("v_empty", v.index)
+                        v = v.next()
+                        p_phases = p_phases ^ (Int32(1) << g)
+                    turn = turn.next()
                     if n == end - 1:
                         barriers.commit("o_full")
                 n = coming

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32
+from cutlass import Boolean, Float32, Int32
 
 
 def tmem_row(tmem: Any, thread: Int32) -> Int32:
@@ -95,7 +95,14 @@ class Shared(NamedTuple):
     sScale: Any  # (ROWS, GROUP): fade of a KV tile, at the end the row sum
     sMax: Any  # (ROWS, GROUP): at the end the row maximum; in a pair that of every KV tile
     sVotes: Any  # (WARP, 2, GROUP) bytes: whether a warp's rows keep a KV tile
-    sKeep: Any  # (2, GROUP): the same bytes as one word, 0 if nobody keeps it
+    sKeep: Any  # (CTA, 2, GROUP): the same bytes as a word, 0 if nobody keeps it
     sWork: Any  # (WORD, STAGE): records of work tiles
     sClaim: Any  # (4,): answer of cluster launch control
     sMask: Any  # (VISIBLE and MIXED of each TILE, WORD, STAGE): bits of a block mask
+
+    def keeps(self, phase: Int32, group: Any) -> Boolean:
+        """Whether a row has voted to keep the KV tile of that parity."""
+        votes = self.sKeep[0, phase, group]
+        if cute.size(self.sKeep, mode=[0]) == 2:
+            votes = votes | self.sKeep[1, phase, group]
+        return votes != 0

@@ -116,9 +116,9 @@ def softmax(
         if cutlass.const_expr(plan.features.block_mask is not None):
             while n < keys.end:
                 # Read again: no register has to keep them.
-                keys = work.keys_of(tile, t)
+                keys = work.keys_of(tile, of)
                 full = (keys.full_begin <= n) & (n < keys.full_end)
-                if full & (not work.is_mixed(tile, t, n)):
+                if full & (not work.is_mixed(tile, of, n)):
                     state, phases, counts = softmax_step(
                         group, tile, row, n, n > keys.begin, state, phases, counts, False
                     )
@@ -126,7 +126,7 @@ def softmax(
                     state, phases, counts = softmax_step(
                         group, tile, row, n, n > keys.begin, state, phases, counts, True
                     )
-                n = work.after(tile, n, keys.end, t)
+                n = work.after(tile, n, keys.end, of)
         else:
             if cutlass.const_expr(plan.features.window_left):
                 while n < keys.full_begin:
@@ -145,7 +145,11 @@ def softmax(
                 )
                 n = work.after(tile, n, keys.end)
         if keys.any:
-            if cutlass.const_expr(plan.features.skip):
+            if cutlass.const_expr(plan.pair and plan.features.skip):
+                # The other warpgroup's next tile begins with what the total takes the place of.
+                if phases.turn == t:
+                    wait_maxima(group, phases)
+            elif cutlass.const_expr(plan.features.skip):
                 barriers.wait("decision_read", phases.s ^ 1, t)
             elif cutlass.const_expr(not plan.pair):
                 barriers.wait("stats_empty", phases.stats, t)
@@ -156,7 +160,7 @@ def softmax(
             phases = replace(phases, stats=phases.stats ^ 1)
         tile = work.next(tile, barriers)
     if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
-        if thread == 0:
+        if (thread == 0) & (work.rank == 0):
             cute.arch.atomic_add(mem.mStats.iterator, Int64(counts.skipped))
             cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(counts.visited))
 
@@ -207,32 +211,45 @@ def kv_tile(
         scores = mask_row(scores, position, n * plan.tile_n, lengths, work.window(), seen)
     if cutlass.const_expr(plan.features.skip):
         tile_max = row_maximum(scores, Float32(-Float32.inf))
+        running, needed = state.maximum, state.needed
+        if cutlass.const_expr(plan.pair):
+            running, needed = told(group, later, row, tile, phases)
         ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives
-        vote = cute.arch.vote_any_sync(tile_max >= state.needed)
-        with cute.arch.elect_one():
-            shared.sVotes[thread // 32, phases.s, t] = Int32(vote).to(Int8)
-            barriers.arrive_elected("decided", t)
+        vote(group, cute.arch.vote_any_sync(tile_max >= needed), phases)
         maximum, fade = new_maximum(
-            state.maximum, cute.arch.fmax(state.maximum, tile_max), scalars.scale_log2,
-            plan.rescale_threshold,
-        )  # fmt: skip
+            running, cute.arch.fmax(running, tile_max), scalars.scale_log2, plan.rescale_threshold
+        )
         minus_max = -maximum * scalars.scale_log2
         ahead = exponentials(
             scores[: plan.ahead], scalars.scale_log2, minus_max, plan.by_polynomial
         )
         barriers.wait("decided", phases.s, t)
-        keep = shared.sKeep[phases.s, t] != 0
-        tell_fade(group, cutlass.select_(keep, fade, Float32(SKIPPED)))
-        if keep:
-            total = probabilities(group, ahead, scores, tP, minus_max, state.total * fade)
-            needed = cute.arch.fmax(state.needed, tile_max + scalars.skip)
-            state = RowState(maximum, total, needed)
+        keep = shared.keeps(phases.s, t)
+        kept_needed = cute.arch.fmax(needed, tile_max + scalars.skip)
+        if cutlass.const_expr(plan.pair):
+            maximum = cutlass.select_(keep, maximum, running)
+            needed = cutlass.select_(keep, kept_needed, needed)
+            state = tell_maximum(group, RowState(maximum, state.total, needed), state)
+            if keep:
+                total = probabilities(group, ahead, scores, tP, minus_max, state.total)
+                state = RowState(maximum, total, needed)
+        else:
+            tell_fade(group, cutlass.select_(keep, fade, Float32(SKIPPED)))
+            if keep:
+                total = probabilities(group, ahead, scores, tP, minus_max, state.total * fade)
+                state = RowState(maximum, total, kept_needed)
         counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
         phases = replace(phases, s=phases.s ^ 1)
     else:
         if cutlass.const_expr(plan.pair):
             tile_max = row_maximum(scores, Float32(-Float32.inf))
-            maximum, fade = joint_maximum(group, tile_max, later, state, phases)
+            running, needed = told(group, later, row, tile, phases)
+            maximum, _ = new_maximum(
+                running, cute.arch.fmax(running, tile_max), scalars.scale_log2,
+                plan.rescale_threshold,
+            )  # fmt: skip
+            state = tell_maximum(group, RowState(maximum, state.total, needed), state)
+            total = state.total
         else:
             tile_max = row_maximum(scores, state.maximum)
             maximum, fade = new_maximum(
@@ -240,34 +257,64 @@ def kv_tile(
             )
             if later:
                 tell_fade(group, fade)
+            total = state.total * fade
         minus_max = -maximum * scalars.scale_log2
-        total = probabilities(group, [], scores, tP, minus_max, state.total * fade)
+        total = probabilities(group, [], scores, tP, minus_max, total)
         state = RowState(maximum, total, state.needed)
         phases = replace(phases, s=phases.s ^ 1)
         counts = Counts(counts.skipped, counts.visited + 1)
     return state, phases, counts
 
 
-@cute.jit
-def joint_maximum(group: Group, tile_max: Float32, later: Boolean, state, phases):
-    """(maximum, fade of what this warpgroup has so far) of a KV tile with ``tile_max``, after the
-    other warpgroup's tile before; told to that and to the correction.
+def wait_maxima(group: Group, phases: SoftmaxPhases) -> None:
+    """Wait for what the other warpgroup of a pair's CTA tells of its KV tile before this one's."""
+    group.barriers.wait("maxima", phases.s ^ Int32(group.t == 0), group.t ^ 1)
 
-    The place of the maximum is free: S of this tile was made after P V two tiles before, for which
-    the correction had read it, and the other warpgroup's tile between them had, too."""
-    work, shared, scalars, _, barriers, warp, t, thread = group
+
+@cute.jit
+def told(group: Group, later: Boolean, row: Int32, tile: WorkTile, phases):
+    """(maximum, needed) of a row of a pair before this KV tile, from the other warpgroup."""
+    work, shared, _, _, _, _, t, thread = group
+    wait_maxima(group, phases)
     running = Float32(EMPTY)
-    barriers.wait("maxima", phases.s ^ Int32(t == 0), t ^ 1)
+    needed = cutlass.select_(row < work.rows(tile), Float32(EMPTY), Float32(ABSENT))
     if later:
         running = shared.sMax[thread, t ^ 1]
-    maximum, _ = new_maximum(
-        running, cute.arch.fmax(running, tile_max), scalars.scale_log2,
-        work.plan.rescale_threshold,
-    )  # fmt: skip
-    shared.sMax[thread, t] = maximum
+        if cutlass.const_expr(work.plan.features.skip):
+            needed = shared.sScale[thread, t ^ 1]
+    return running, needed
+
+
+def tell_maximum(group: Group, new: RowState, old: RowState) -> RowState:
+    """Tell the other warpgroup of a pair's CTA and the correction of a KV tile; ``new``, with the
+    total of ``old`` faded.
+
+    The places are free: S of this tile was made after P V two tiles before or the decision that
+    there is none, for which the correction had read them, and the other warpgroup's tile between
+    them had, too."""
+    work, shared, scalars, _, barriers, warp, t, thread = group
+    shared.sMax[thread, t] = new.maximum
+    if work.plan.features.skip:
+        shared.sScale[thread, t] = new.needed
     barriers.arrive("maxima", t)
     barriers.tell("fade", warp)
-    return maximum, ptx.exp2((state.maximum - maximum) * scalars.scale_log2)
+    fade = ptx.exp2((old.maximum - new.maximum) * scalars.scale_log2)
+    return replace(new, total=old.total * fade)
+
+
+def vote(group: Group, keep: Boolean, phases: SoftmaxPhases) -> None:
+    """Say whether this warp's rows keep the KV tile; in a pair to both CTAs."""
+    work, shared, _, _, barriers, _, t, thread = group
+    with cute.arch.elect_one():
+        if work.plan.pair:
+            own = cute.domain_offset(
+                (work.rank * 4 + thread // 32, phases.s, t), shared.sVotes
+            ).iterator.toint()
+            for rank in range(2):
+                ptx.store_cluster(ptx.map_shared(own, rank), [Int32(keep)], bits=8)
+        else:
+            shared.sVotes[thread // 32, phases.s, t] = Int32(keep).to(Int8)
+        barriers.arrive_elected("decided", t)
 
 
 def score_row(plan: Plan, tS: Int32, scalars: Scalars) -> list[Float32]:

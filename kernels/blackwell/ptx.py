@@ -91,9 +91,7 @@ def mbarrier_expect(
 
 
 @dsl_user_op
-def tcgen05_commit(
-    address: Int32, offset: int, pair: bool = False, *, loc=None, ip=None
-) -> None:
+def tcgen05_commit(address: Int32, offset: int, pair: bool = False, *, loc=None, ip=None) -> None:
     """tcgen05.commit by the elected lane to the mbarrier ``offset`` bytes from the address; of a
     ``pair`` to that of both CTAs."""
     _asm(
@@ -583,14 +581,16 @@ def map_shared(address: Int32, rank: Any, *, loc=None, ip=None) -> Int32:
 
 
 @dsl_user_op
-def store_cluster(address: Int32, values: list[Any], offset: int = 0, *, loc=None, ip=None) -> None:
-    """st.shared::cluster of one or four 32-bit ``values``, aligned to their size, ``offset`` bytes
-    from the address."""
+def store_cluster(
+    address: Int32, values: list[Any], offset: int = 0, bits: int = 32, *, loc=None, ip=None
+) -> None:
+    """st.shared::cluster of the lower ``bits`` of one or four ``values``, aligned to their size,
+    ``offset`` bytes from the address."""
     count = len(values)
     vector = f".v{count}" if count > 1 else ""
     values = [Int32(value) for value in values]
     _asm(
-        f"st.shared::cluster{vector}.b32 [$0 + {offset}], {_names(1, count)};",
+        f"st.shared::cluster{vector}.b{bits} [$0 + {offset}], {_names(1, count)};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] * (count + 1)), effects=True, loc=loc, ip=ip,
     )  # fmt: skip

@@ -173,10 +173,8 @@ def prefill_topology(plan: Plan) -> Topology:
         # The MMA needs no say in when the next one may be made: that is on an S which it makes
         # after it has read this one.
         decided = [
-            Barrier("decided", groups, (("softmax", "warp"),)),
-            Barrier(
-                "decision_read", groups, (("load_values", "thread"), ("correction", "thread"))
-            ),
+            Barrier("decided", groups, (("softmax", "warp"),), "both"),
+            Barrier("decision_read", groups, (("load_values", how), ("correction", how)), "both"),
         ]
     over_v = []
     if plan.o_over_v:

@@ -22,7 +22,8 @@ BLOCKS = [(128, 128, 0.4), (64, 32, 0.3), (100, 48, 0.3), (256, 512, 0.5)]
 
 def run_and_check(case, policy, pack, skip=None, **arguments):
     """Against the replay, with its counters."""
-    tiles = Tiles(128, 128 if case.q.shape[-1] <= 128 else 64, pack > 1)
+    dim = case.q.shape[-1]
+    tiles = Tiles(256 if dim == 256 else 128, 64 if dim == 192 else 128, pack > 1)
     expected = case.oracle(tiles, skip)
     stats = torch.zeros(2, dtype=torch.int64)
     features = {"count": True, "skip": skip is not None}

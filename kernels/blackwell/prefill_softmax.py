@@ -109,7 +109,7 @@ def softmax(
             work, shared, scalars._replace(skip=threshold), tmem, barriers, warp, t, thread
         )
         state = RowState(Float32(EMPTY), Float32(0.0), needed)
-        if cutlass.const_expr(plan.features.skip or plan.pair):  # noqa: SIM102  (as below)
+        if cutlass.const_expr(plan.features.skip):  # noqa: SIM102  (compile and run time)
             if keys.any:
                 barriers.wait("stats_empty", phases.stats ^ 1, t)
         n = keys.begin
@@ -151,8 +151,9 @@ def softmax(
                     wait_maxima(group, phases)
             elif cutlass.const_expr(plan.features.skip):
                 barriers.wait("decision_read", phases.s ^ 1, t)
-            elif cutlass.const_expr(not plan.pair):
-                barriers.wait("stats_empty", phases.stats, t)
+            else:
+                # In a pair what was here before is read, otherwise all fades of this work tile are.
+                barriers.wait("stats_empty", phases.stats ^ int(plan.pair), t)
             shared.sScale[thread, t] = state.total
             if cutlass.const_expr(not plan.pair):
                 shared.sMax[thread, t] = state.maximum

@@ -26,6 +26,9 @@ WORK_STAGES = 2
 HEADER, SEQLENS, RANGE = 8, 6, 4
 """Words of a record: of `prefill_work.WorkTile`, lengths last; of `KeyTiles` for every Q tile."""
 
+GROUPS = 2
+"""Softmax warpgroups, each with an S of its own."""
+
 MASK_TILES = 8192
 """KV tiles of a sequence with a block mask: 8 KiB of bits, a million keys in tiles of 128."""
 
@@ -136,17 +139,12 @@ class Plan:
 
     @functools.cached_property
     def tmem(self) -> TmemMap:
-        return attention_map(self.groups, self.q_tiles, self.tile_n, self.head_dim_v)
+        return attention_map(GROUPS, self.q_tiles, self.tile_n, self.head_dim_v)
 
     @property
     def ctas(self) -> int:
         """CTAs that share a work tile."""
         return 2 if self.pair else 1
-
-    @property
-    def groups(self) -> int:
-        """Softmax warpgroups, each with an S of its own."""
-        return 2 if self.pair else self.q_tiles
 
     @property
     def mma_rows(self) -> int:
@@ -156,15 +154,13 @@ class Plan:
     @property
     def roles(self) -> tuple[Role, ...]:
         """Every warp has exactly one role."""
-        softmax = 4 * self.groups
-        counts = (192, 80, 48) if self.groups == 2 else (208, 136, 96)
         return (
-            Role("softmax", tuple(range(softmax)), counts[0], groups=self.groups),
-            Role("correction", tuple(range(softmax, softmax + 4)), counts[1]),
-            Role("mma", (softmax + 4,), counts[2]),
-            Role("load", (softmax + 5,), counts[2]),
-            Role("epilogue", (softmax + 6,), counts[2]),
-            Role("load_values", (softmax + 7,), counts[2]),
+            Role("softmax", tuple(range(8)), 192, groups=GROUPS),
+            Role("correction", tuple(range(8, 12)), 80),
+            Role("mma", (12,), 48),
+            Role("load", (13,), 48),
+            Role("epilogue", (14,), 48),
+            Role("load_values", (15,), 48),
         )
 
     def role(self, name: str) -> Role:
@@ -209,7 +205,7 @@ class Plan:
             "V": self.v_stages * self.tile_n * self.head_dim_v * element // self.ctas,
             "O": 0 if self.o_over_v else self.o_bytes,
             "mask": self.mask_words * 4,
-            "statistics": self.groups * self.tile_m * 2 * 4,
+            "statistics": GROUPS * self.tile_m * 2 * 4,
             "other": OTHER_BYTES,
         }
 

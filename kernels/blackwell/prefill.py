@@ -12,13 +12,13 @@ every row has c · (max S − running maximum) < log2 λ is left out, before its
 Shapes: q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], out [B, Sq, Hq, Dv], lse
 [B, Hq, Sq]; or packed sequences, q [total_q, Hq, D], k [total_k, Hkv, D] …, lse [Hq, total_q],
 whose lengths are on the device; any strides with a contiguous last dimension and rows on 16 bytes.
-A work tile is two Q tiles (one for Dv 256) of 128 rows of one head of one sequence; each has its
-own exact range of KV tiles. Rows are positions, or where that fills tiles better one of the heads
+A work tile is two Q tiles of 128 rows of one head of one sequence; each has its own exact range of
+KV tiles. At Dv 256 two CTAs have one each, and the KV tiles in common (`Plan.pair`, below). Rows are positions, or where that fills tiles better one of the heads
 of a group each (`plan.packed_heads`); Q and O then have the mode (GROUP, SEQ), of which a TMA box
 takes whole positions. Tensor maps end where sequences do (`ragged`): V past the end is read
 as 0, O past the end is not written; K past the end is whatever it is, and masked.
 
-Warps (two Q tiles; with one, the softmax has warps 0–3 and the others follow)
+Warps
 
     0–3, 4–7   softmax     S → P of Q tile 0 and 1, a row per thread; decides what is skipped
     8–11       correction  O · fade when the maximum moved; at the end O / l → chunks, LSE
@@ -52,6 +52,22 @@ exponentials to arrive. Nobody waits for the votes of the four warps to come tog
 on with `plan.ahead` exponentials, which are lost where the tile is skipped. Then also V, P V, the
 other exponentials and the correction go, and S of the next tile overwrites this one.
 
+A pair of CTAs (Dv 256): MMAs of 256 rows, from the first CTA's MMA warp for both. Each CTA has its
+128 rows of Q, S, P and O, of every KV tile half of the keys of K and half of the columns of V.
+O takes half of TMEM, S has the other half twice; the softmax warpgroups take KV tiles by turns, and
+hand the row maxima on. Each sums its own P, relative to its own last maximum.
+
+    mma          softmax 0                    softmax 1                    correction
+    QK (n + 1)   max n, told ──────────────>  ↓ exp n − 1                  fade n
+    PV (n − 1)   exp n                        P (n − 1)
+    QK (n + 2)   ↓                   ┌──────  max n + 1, told              fade n + 1
+    PV (n) <──── P (n)               │        exp n + 1
+    QK (n + 3)   max n + 2, told <───┘        ↓                            fade n + 2
+
+A rescaling waits for P V of the tile before (its release of V), which S no longer comes after. A
+tile is skipped where the rows of both CTAs leave it; their warps vote in both. Launch control
+answers both CTAs at once, each writes the same record for itself.
+
 Constraints: `plan.can_implement`.
 """
 
@@ -67,7 +83,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, tcgen05
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.pipelines import Barriers, meet
-from cute_fmha.kernels.blackwell.plan import HEADER, MASK_TILES, RANGE, WORK_STAGES, Plan
+from cute_fmha.kernels.blackwell.plan import GROUPS, HEADER, MASK_TILES, RANGE, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_correction import correction, epilogue
 from cute_fmha.kernels.blackwell.prefill_load import load, load_values
 from cute_fmha.kernels.blackwell.prefill_mma import mma, mma_pair
@@ -215,9 +231,9 @@ class Prefill:
                 ],
                 1024,
             ]
-            sScale: cute.struct.MemRange[Float32, plan.groups * plan.tile_m]
-            sMax: cute.struct.MemRange[Float32, plan.groups * plan.tile_m]
-            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, self.votes * 2 * plan.groups], 4]
+            sScale: cute.struct.MemRange[Float32, GROUPS * plan.tile_m]
+            sMax: cute.struct.MemRange[Float32, GROUPS * plan.tile_m]
+            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, self.votes * 2 * GROUPS], 4]
             sWork: cute.struct.MemRange[Int32, words * WORK_STAGES]
             sMask: cute.struct.MemRange[Int32, max(plan.mask_words, 1)]
             sClaim: cute.struct.Align[cute.struct.MemRange[Int32, 4], 16]
@@ -227,8 +243,8 @@ class Prefill:
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         storage = cutlass.utils.SmemAllocator().allocate(Storage)
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
-        per_row = cute.make_layout((plan.tile_m, plan.groups))
-        votes = storage.sVotes.get_tensor(cute.make_layout((self.votes, 2, plan.groups)))
+        per_row = cute.make_layout((plan.tile_m, GROUPS))
+        votes = storage.sVotes.get_tensor(cute.make_layout((self.votes, 2, GROUPS)))
         o_buffers = storage.sV.data_ptr() if plan.o_over_v else storage.sO.data_ptr()
         o_buffers = cute.recast_ptr(o_buffers, layouts.sO.inner, dtype=self.out_dtype)
         shared = Shared(

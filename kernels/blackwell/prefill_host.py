@@ -44,15 +44,17 @@ def plan_of(problem: Problem) -> Plan:
 
 
 def cycles(problem: Problem, target: Target) -> float:
-    """Modelled, of a launch: every work tile goes through all of its keys on one SM. Per 128 keys
-    the emulator's timelines give 1700 cycles and 5 or 6 for a column; see notes/measurements.md.
+    """Modelled, of a launch: every work tile goes through all of its keys on one SM, or on two. Per
+    128 keys the emulator's timelines give 1700 cycles and 5 for a column, and for a pair of SMs the
+    2048 of the tensor core; see notes/measurements.md.
     """
-    rows = Plan.tile_m * (1 if problem.head_dim_v > 128 else 2)
+    pair = problem.head_dim_v == 256
+    rows = 2 * Plan.tile_m
     pack = packed_heads(problem, rows)
     work_tiles = ceil_div(problem.seqlen_q * pack, rows) * problem.heads_q // pack * problem.batch
     tiles = ceil_div(problem.seqlen_k, 128)
-    waves: int = ceil_div(work_tiles, target.num_sms)
-    return waves * tiles * (1700 + (6 if problem.head_dim_v > 128 else 5) * problem.head_dim)
+    waves: int = ceil_div(work_tiles, target.num_sms // (2 if pair else 1))
+    return waves * tiles * (2048 if pair else 1700 + 5 * problem.head_dim)
 
 
 def skip_tiles(plan: Plan) -> dict[str, Any]:

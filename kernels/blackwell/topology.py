@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan, Role
+from cute_fmha.kernels.blackwell.plan import GROUPS, WORK_STAGES, Plan, Role
 
 How = Literal["warp", "thread", "each", "leader", "commit", "bytes"]
 To = Literal["own", "first", "other", "both"]
@@ -159,11 +159,15 @@ def prefill_topology(plan: Plan) -> Topology:
 
         epilogue ── work_full ──> all,          epilogue <── work_empty ── all others
 
-    Each barrier between mma, softmax and correction exists once per Q tile. A fade passes from a
-    softmax warp to the correction warp that has its rows; the next one comes after an S whose MMA
-    has waited for that correction warp, or after its decision_read.
+    Each barrier between mma, softmax and correction exists once per softmax warpgroup, but that of
+    O. A fade passes from a softmax warp to the correction warp that has its rows; the next one
+    comes after an S whose MMA has waited for that correction warp, or after its decision_read.
+
+    In a pair mma works on the first CTA; besides
+
+        softmax 0 ── maxima ──> softmax 1 ── maxima ──> softmax 0,   epilogue ── claiming ──> epilogue
     """
-    q_tiles, groups = plan.q_tiles, plan.groups
+    q_tiles = plan.q_tiles
     # In a pair the first CTA's MMA warp works for both, and lanes do not arrive at its barriers.
     way: tuple[How, To] = ("warp", "first") if plan.pair else ("thread", "own")
     how, to = way
@@ -173,8 +177,8 @@ def prefill_topology(plan: Plan) -> Topology:
         # The MMA needs no say in when the next one may be made: that is on an S which it makes
         # after it has read this one.
         decided = [
-            Barrier("decided", groups, (("softmax", "warp"),), "both"),
-            Barrier("decision_read", groups, (("load_values", how), ("correction", how)), "both"),
+            Barrier("decided", GROUPS, (("softmax", "warp"),), "both"),
+            Barrier("decision_read", GROUPS, (("load_values", how), ("correction", how)), "both"),
         ]
     over_v = []
     if plan.o_over_v:
@@ -189,7 +193,7 @@ def prefill_topology(plan: Plan) -> Topology:
             # Both CTAs await the next answer about work, and have read the last.
             Barrier("claiming", 1, (("epilogue", "warp"),), "first"),
             # The maxima up to a KV tile, for the other warpgroup's next one.
-            Barrier("maxima", groups, (("softmax", "thread"),)),
+            Barrier("maxima", GROUPS, (("softmax", "thread"),)),
         ]
     return Topology(
         plan.roles,
@@ -204,14 +208,14 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("k_empty", plan.k_stages, (("mma", "commit"),)),
             Barrier("v_full", plan.v_stages, (("load_values", "bytes"),), to),
             Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
-            Barrier("s_full", groups, (("mma", "commit"),)),
+            Barrier("s_full", GROUPS, (("mma", "commit"),)),
             # The first three quarters of P are stored, and O may be accumulated into.
-            Barrier("p_ready", groups, (("softmax", how), ("correction", how)), to),
-            Barrier("p_last", groups, (("softmax", how),), to),
+            Barrier("p_ready", GROUPS, (("softmax", how), ("correction", how)), to),
+            Barrier("p_last", GROUPS, (("softmax", how),), to),
             # A work tile's row sums and maxima, where fades were before. They are read, or without
             # a skip all fades are: with one, every KV tile has a fade, and they have decision_read.
-            Barrier("stats_full", groups, (("softmax", "thread"),)),
-            Barrier("stats_empty", groups, (("correction", "thread"),)),
+            Barrier("stats_full", GROUPS, (("softmax", "thread"),)),
+            Barrier("stats_empty", GROUPS, (("correction", "thread"),)),
             Barrier("o_full", q_tiles, (("mma", "commit"),)),
             *decided,
             Barrier("chunk_full", plan.o_stages, (("correction", "warp"),)),

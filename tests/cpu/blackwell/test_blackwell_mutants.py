@@ -36,9 +36,9 @@ PROBLEMS = {  # queries, keys, options; "keyless": the first 256 queries come be
 }
 
 
-def launch_of(name):
+def launch_of(name, width=128):
     """Three heads on one CTA, whose maxima grow from tile to tile; more keys than buffers."""
-    heads = Heads(3, 3, 128, 128)
+    heads = Heads(3, 3, width, width)
     if name == "skip":
         source = Source(torch.float16, gap=12.0, gap_block=128)
         case = dense_case(1, 256, 900, heads, source=source)
@@ -57,6 +57,18 @@ def test_order_of_the_pipelines():
     _, _, captured = launch_of("window")
     report = mutate.run_mutants(captured, policies=fast, chosen=lambda m: m.group in ORDER)
     assert not report.missed_order, str(report)
+    assert len(report.of("caught")) > 40
+
+
+@pytest.mark.sweep
+def test_order_of_the_pair():
+    """Likewise of two CTAs; but for the two proxy fences behind the answer of launch control, for
+    which the correction's stand in: every work tile of a pair has chunks."""
+    pair = {name: replace(POLICIES[name], resident=2) for name in ("eager", "lazy", "random 1")}
+    _, _, captured = launch_of("window", 256)
+    report = mutate.run_mutants(captured, policies=pair, chosen=lambda m: m.group in ORDER)
+    missed = [outcome.mutant.group for outcome in report.missed_order]
+    assert missed == ["fence.proxy.async"] * 2, str(report)
     assert len(report.of("caught")) > 40
 
 

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fragments import on_reference, same_bits
 
+from cute_fmha.epilogues import FP8, NVFP4, Identity
 from cute_fmha.problem import SkipSoftmax
 from cute_fmha.testing import Heads, Options, Source, Tiles, check, dense_case, packed_case
 
@@ -88,8 +90,8 @@ def test_decisions_of_the_oracle(options, ctas):
 @pytest.mark.parametrize("options", [Options(), Options(causal=True, sink=True)])
 def test_sequences(options):
     """Nothing is read or written past the last sequence."""
-    lengths = zip(*LENGTHS, strict=True)
-    case = packed_case(*map(list, lengths), GQA, options, Source(FP16, std=0.5))
+    lengths_q, lengths_k = ([pair[side] for pair in LENGTHS] for side in (0, 1))
+    case = packed_case(lengths_q, lengths_k, GQA, options, Source(FP16, std=0.5))
     total = len(case.q)
 
     def longer(x):
@@ -130,8 +132,11 @@ def test_block_mask(skip, pack, window):
         assert stats.tolist() == [expected.skipped, expected.total]
 
 
-def test_output_in_float32():
+@pytest.mark.parametrize("op", [FP8(torch.tensor(0.3)), NVFP4(torch.tensor([0.7]))])
+def test_epilogue_ops(op):
+    """The bits that the op makes of the output in FP32, rows of a second CTA with them."""
     case = dense_case(1, 200, 200, ONE, source=Source(BF16))
-    out = torch.full(case.q.shape, float("nan"))
-    _, lse, _ = harness.run(case, harness.POLICIES[2], out=out)
+    out, lse = case.run(backend="emulator", epilogue=Identity(torch.float32))
     check(case, out, lse)
+    made, _ = case.run(backend="emulator", epilogue=op)
+    assert same_bits(made, on_reference(op, out))

@@ -13,10 +13,11 @@ Shapes: q [B, Sq, Hq, D], k [B, Sk, Hkv, D], v [B, Sk, Hkv, Dv], out [B, Sq, Hq,
 [B, Hq, Sq]; or packed sequences, q [total_q, Hq, D], k [total_k, Hkv, D] …, lse [Hq, total_q],
 whose lengths are on the device; any strides with a contiguous last dimension and rows on 16 bytes.
 A work tile is two Q tiles of 128 rows of one head of one sequence; each has its own exact range of
-KV tiles. At Dv 256 two CTAs have one each, and the KV tiles in common (`Plan.pair`, below). Rows are positions, or where that fills tiles better one of the heads
-of a group each (`plan.packed_heads`); Q and O then have the mode (GROUP, SEQ), of which a TMA box
-takes whole positions. Tensor maps end where sequences do (`ragged`): V past the end is read
-as 0, O past the end is not written; K past the end is whatever it is, and masked.
+KV tiles. At Dv 256 two CTAs have one each, and the KV tiles in common (`Plan.pair`, below). Rows
+are positions, or where that fills tiles better one of the heads of a group each
+(`plan.packed_heads`); Q and O then have the mode (GROUP, SEQ), of which a TMA box takes whole
+positions. Tensor maps end where sequences do (`ragged`): V past the end is read as 0, O past the
+end is not written; K past the end is whatever it is, and masked.
 
 Warps
 

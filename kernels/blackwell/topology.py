@@ -165,7 +165,8 @@ def prefill_topology(plan: Plan) -> Topology:
 
     In a pair mma works on the first CTA; besides
 
-        softmax 0 ── maxima ──> softmax 1 ── maxima ──> softmax 0,   epilogue ── claiming ──> epilogue
+        softmax 0 ── maxima ──> softmax 1,   softmax 1 ── maxima ──> softmax 0
+        epilogues of both ── claiming ──> epilogue of the first
     """
     q_tiles = plan.q_tiles
     # In a pair the first CTA's MMA warp works for both, and lanes do not arrive at its barriers.

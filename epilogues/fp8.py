@@ -50,14 +50,14 @@ def fp8_rows(x, token, head, live, parameters, extra, DV):
 
 def fp8_row(row, parameters, extra):
     """`FP8` on Blackwell: the hardware's conversion is the specification's."""
-    from cute_fmha.kernels.blackwell import ptx
+    from cute_fmha.kernels.blackwell.ptx_codes import pack_e4m3
     from cute_fmha.kernels.blackwell.softmax import scaled
 
     inverse = 1.0 / head_number(parameters[0], row)
 
     def apply(x, column):
         values = scaled(x, inverse)
-        return [ptx.pack_e4m3(values[j : j + 4]) for j in range(0, len(values), 4)]
+        return [pack_e4m3(values[j : j + 4]) for j in range(0, len(values), 4)]
 
     return apply
 

@@ -139,6 +139,7 @@ def nvfp4_row(row, parameters, extra):
     from cutlass import Float32, Int64, select_
 
     from cute_fmha.kernels.blackwell import ptx
+    from cute_fmha.kernels.blackwell.ptx_codes import pack_e2m1, pack_e4m3, unpack_e4m3
     from cute_fmha.kernels.blackwell.softmax import largest_magnitude, scaled
 
     (global_scale,) = parameters
@@ -151,15 +152,15 @@ def nvfp4_row(row, parameters, extra):
     def apply(x, column):
         blocks = [x[j : j + BLOCK] for j in range(0, len(x), BLOCK)]
         sized = [largest_magnitude(block) * (1.0 / 6.0) * global_scale for block in blocks]
-        codes = ptx.pack_e4m3(sized)
+        codes = pack_e4m3(sized)
         block = first + column // BLOCK
         address = row_begin + (block // 4 * 512 + block % 4)
         ptx.store_global_bytes(address, codes, len(blocks), row.live)
-        scales = ptx.unpack_e4m3(codes)
+        scales = unpack_e4m3(codes)
         words = []
         for values, scale, factor in zip(blocks, scales, quotients(global_scale, scales)):  # noqa: B905
             stored = scaled(values, select_(scale == 0.0, Float32(0.0), factor))
-            words += [ptx.pack_e2m1(stored[:8]), ptx.pack_e2m1(stored[8:])]
+            words += [pack_e2m1(stored[:8]), pack_e2m1(stored[8:])]
         return words
 
     return apply

@@ -83,11 +83,11 @@ def softmax(
     plan: Plan, work: Work, mem: Global, shared: Shared, scalars: Scalars, tmem: cute.Pointer,
     barriers: Barriers,
 ):  # fmt: skip
-    """One warpgroup per Q tile, one row per thread.
+    """One warpgroup per Q tile, in a pair one for every other KV tile; one row per thread.
 
     Reads: S. Writes: P over S, sScale, sMax, sVotes.
-    Waits: s_full, decided, decision_read, stats_empty.
-    Signals: decided, fade, p_ready, p_last, stats_full. Registers: 192."""
+    Waits: s_full, decided, decision_read, stats_empty; in a pair maxima.
+    Signals: decided, fade, p_ready, p_last, stats_full; in a pair maxima. Registers: 192."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     t = warp // 4
     thread = cute.arch.thread_idx()[0] % 128

@@ -1,4 +1,4 @@
-"""Instructions written as PTX, one wrapper each.
+"""Instructions written as PTX, one wrapper each; conversions of short numbers are in `ptx_codes`.
 
 Registers are Python lists of values: a fragment never becomes an array in local memory, and the
 registers of an asynchronous TMEM load can be tied to the instruction that waits for it.
@@ -16,10 +16,11 @@ from cutlass._mlir.dialects import cute_nvgpu, llvm, nvvm
 from cutlass.cutlass_dsl import T, dsl_user_op
 
 
-def _asm(
+def inline(
     text: str, results: list[Any], operands: list[Any], constraints: str, *, effects: bool,
     loc: Any, ip: Any,
 ) -> Any:  # fmt: skip
+    """What PTX gives: nothing, a value, or a struct of several."""
     kind = None
     if len(results) == 1:
         kind = results[0]
@@ -31,7 +32,8 @@ def _asm(
     )  # fmt: skip
 
 
-def _floats(struct: Any, count: int, loc: Any, ip: Any) -> list[Float32]:
+def floats(struct: Any, count: int, loc: Any, ip: Any) -> list[Float32]:
+    """The values of what `inline` gives."""
     if count == 1:
         return [Float32(struct)]
     return [Float32(llvm.extractvalue(T.f32(), struct, [i], loc=loc, ip=ip)) for i in range(count)]
@@ -44,7 +46,7 @@ def _names(first: int, count: int) -> str:
 @dsl_user_op
 def opaque(value: Int32, *, loc=None, ip=None) -> Int32:
     """mov.b32, as a new value of which the compiler knows nothing and which it moves nowhere."""
-    result = _asm(
+    result = inline(
         "mov.b32 $0, $1;", [T.i32()], [Int32(value).ir_value(loc=loc, ip=ip)], "=r,r",
         effects=True, loc=loc, ip=ip,
     )  # fmt: skip
@@ -54,7 +56,7 @@ def opaque(value: Int32, *, loc=None, ip=None) -> Int32:
 @dsl_user_op
 def cluster_rank(*, loc=None, ip=None) -> Int32:
     """mov.u32 of %cluster_ctarank: read where it is asked for, so that nobody keeps it."""
-    result = _asm(
+    result = inline(
         "mov.u32 $0, %cluster_ctarank;", [T.i32()], [], "=r", effects=True, loc=loc, ip=ip
     )
     return Int32(result)
@@ -64,7 +66,7 @@ def cluster_rank(*, loc=None, ip=None) -> Int32:
 def mbarrier_wait(address: Int32, offset: int, phase: Any, *, loc=None, ip=None) -> None:
     """mbarrier.try_wait.parity, ``offset`` bytes from the address, until the phase is over."""
     wait = "\n\t".join(_try_wait(f"$0 + {offset}", "$1"))
-    _asm(
+    inline(
         f"{{\n\t.reg .pred q;\n\t{wait}\n\t}}",
         [], [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, phase)], "r,r", effects=True,
         loc=loc, ip=ip,
@@ -83,7 +85,7 @@ def mbarrier_expect(
             ".reg .b32 rank;\n\tmov.u32 rank, %cluster_ctarank;\n\t"
             "setp.eq.and.u32 e, rank, 0, e;\n\t"
         )
-    _asm(
+    inline(
         f"{{\n\t.reg .pred e;\n\t.reg .b64 state;\n\t{lane}"
         f"@e mbarrier.arrive.expect_tx.shared::cta.b64 state, [$0 + {offset}], {size};\n\t}}",
         [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
@@ -94,7 +96,7 @@ def mbarrier_expect(
 def tcgen05_commit(address: Int32, offset: int, pair: bool = False, *, loc=None, ip=None) -> None:
     """tcgen05.commit by the elected lane to the mbarrier ``offset`` bytes from the address; of a
     ``pair`` to that of both CTAs."""
-    _asm(
+    inline(
         "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
         f"{_commit(f'$0 + {offset}', pair)}\n\t}}",
         [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
@@ -119,12 +121,12 @@ def tcgen05_load(address: Int32, count: int, *, loc=None, ip=None) -> list[Float
 
     The values are undefined until `tcgen05_wait_load` has returned them.
     """
-    result = _asm(
+    result = inline(
         f"tcgen05.ld.sync.aligned.32x32b.x{count}.b32 {_names(0, count)}, [${count}];",
         [T.f32()] * count, [Int32(address).ir_value(loc=loc, ip=ip)],
         ",".join(["=f"] * count + ["r"]), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
-    return _floats(result, count, loc, ip)
+    return floats(result, count, loc, ip)
 
 
 @dsl_user_op
@@ -135,19 +137,19 @@ def tcgen05_load_fragment(address: Int32, count: int, *, loc=None, ip=None) -> l
     The values are undefined until `tcgen05_wait_load` has returned them.
     """
     registers = 4 * count
-    result = _asm(
+    result = inline(
         f"tcgen05.ld.sync.aligned.16x256b.x{count}.b32 {_names(0, registers)}, [${registers}];",
         [T.f32()] * registers, [Int32(address).ir_value(loc=loc, ip=ip)],
         ",".join(["=f"] * registers + ["r"]), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
-    return _floats(result, registers, loc, ip)
+    return floats(result, registers, loc, ip)
 
 
 @dsl_user_op
 def tcgen05_store_fragment(address: Int32, values: list[Float32], *, loc=None, ip=None) -> None:
     """tcgen05.st.16x256b: the counterpart of `tcgen05_load_fragment`."""
     count = len(values)
-    _asm(
+    inline(
         f"tcgen05.st.sync.aligned.16x256b.x{count // 4}.b32 [$0], {_names(1, count)};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + ["f"] * count), effects=True, loc=loc, ip=ip,
@@ -162,12 +164,12 @@ def tcgen05_wait_load(values: list[Float32], *, loc=None, ip=None) -> list[Float
     the two, would be free to read them before it.
     """
     count = len(values)
-    result = _asm(
+    result = inline(
         "tcgen05.wait::ld.sync.aligned;",
         [T.f32()] * count, [value.ir_value(loc=loc, ip=ip) for value in values],
         ",".join(["=f"] * count + [str(i) for i in range(count)]), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
-    return _floats(result, count, loc, ip)
+    return floats(result, count, loc, ip)
 
 
 @dsl_user_op
@@ -175,7 +177,7 @@ def tcgen05_store(address: Int32, values: list[Any], *, loc=None, ip=None) -> No
     """tcgen05.st.32x32b: 32-bit ``values`` to the lane's row, from TMEM ``address`` on."""
     count = len(values)
     kind = "f" if isinstance(values[0], Float32) else "r"
-    _asm(
+    inline(
         f"tcgen05.st.sync.aligned.32x32b.x{count}.b32 [$0], {_names(1, count)};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + [kind] * count), effects=True, loc=loc, ip=ip,
@@ -185,14 +187,14 @@ def tcgen05_store(address: Int32, values: list[Any], *, loc=None, ip=None) -> No
 @dsl_user_op
 def tcgen05_wait_store(*, loc=None, ip=None) -> None:
     """tcgen05.wait::st: own TMEM stores are complete."""
-    _asm("tcgen05.wait::st.sync.aligned;", [], [], "", effects=True, loc=loc, ip=ip)
+    inline("tcgen05.wait::st.sync.aligned;", [], [], "", effects=True, loc=loc, ip=ip)
 
 
 @dsl_user_op
 def pack(low: Float32, high: Float32, dtype: Any, *, loc=None, ip=None) -> Int32:
     """cvt.rn.{f16x2, bf16x2}.f32: two rounded values in one register."""
     name = {cutlass.Float16: "f16x2", cutlass.BFloat16: "bf16x2"}[dtype]
-    result = _asm(
+    result = inline(
         f"cvt.rn.{name}.f32 $0, $1, $2;",
         [T.i32()], [high.ir_value(loc=loc, ip=ip), low.ir_value(loc=loc, ip=ip)],
         "=r,f,f", effects=False, loc=loc, ip=ip,
@@ -203,7 +205,7 @@ def pack(low: Float32, high: Float32, dtype: Any, *, loc=None, ip=None) -> Int32
 @dsl_user_op
 def exp2(x: Float32, *, loc=None, ip=None) -> Float32:
     """ex2.approx.ftz.f32."""
-    result = _asm(
+    result = inline(
         "ex2.approx.ftz.f32 $0, $1;", [T.f32()], [Float32(x).ir_value(loc=loc, ip=ip)], "=f,f",
         effects=False, loc=loc, ip=ip,
     )  # fmt: skip
@@ -213,7 +215,7 @@ def exp2(x: Float32, *, loc=None, ip=None) -> Float32:
 @dsl_user_op
 def shift_left(value: int, amount: Int32, *, loc=None, ip=None) -> Int32:
     """shl.b32: 0 for amounts of 32 and more, of which LLVM's own shift makes anything."""
-    result = _asm(
+    result = inline(
         f"shl.b32 $0, {value:#x}, $1;", [T.i32()], [Int32(amount).ir_value(loc=loc, ip=ip)], "=r,r",
         effects=False, loc=loc, ip=ip,
     )  # fmt: skip
@@ -223,7 +225,7 @@ def shift_left(value: int, amount: Int32, *, loc=None, ip=None) -> Int32:
 @dsl_user_op
 def leading_zeros(x: Int32, *, loc=None, ip=None) -> Int32:
     """clz.b32."""
-    result = _asm(
+    result = inline(
         "clz.b32 $0, $1;", [T.i32()], [Int32(x).ir_value(loc=loc, ip=ip)], "=r,r",
         effects=False, loc=loc, ip=ip,
     )  # fmt: skip
@@ -246,7 +248,7 @@ def float_of(x: Int32, *, loc=None, ip=None) -> Float32:
 def bit_mask(begin: Int32, count: Int32, *, loc=None, ip=None) -> Int32:
     """bmsk.clamp.b32: ``count`` bits from ``begin`` on, both >= 0; those past 31 are left out."""
     operands = [Int32(x).ir_value(loc=loc, ip=ip) for x in (begin, count)]
-    result = _asm(
+    result = inline(
         "bmsk.clamp.b32 $0, $1, $2;", [T.i32()], operands, "=r,r,r", effects=False, loc=loc, ip=ip
     )
     return Int32(result)
@@ -256,7 +258,7 @@ def bit_mask(begin: Int32, count: Int32, *, loc=None, ip=None) -> Int32:
 def max3(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
     """max.f32 of three."""
     operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
-    result = _asm(
+    result = inline(
         "max.f32 $0, $1, $2, $3;", [T.f32()], operands, "=f,f,f,f", effects=False, loc=loc, ip=ip
     )
     return Float32(result)
@@ -266,7 +268,7 @@ def max3(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
 def store_shared(address: Int32, values: list[Any], *, loc=None, ip=None) -> None:
     """st.shared.v4.b32: 16 bytes, aligned."""
     kind = "f" if isinstance(values[0], Float32) else "r"
-    _asm(
+    inline(
         "st.shared.v4.b32 [$0], {$1, $2, $3, $4};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] + [kind] * 4), effects=True, loc=loc, ip=ip,
@@ -304,7 +306,7 @@ def tma_load(
         place.append(str(coordinate) if isinstance(coordinate, int) else f"${len(values)}")
         values += [] if isinstance(coordinate, int) else [Int32(coordinate)]
     mode = "2d.{}.global.tile::gather4" if gather else f"{len(place)}d.{{}}.global.tile"
-    _asm(
+    inline(
         f"cp.async.bulk.tensor.{mode.format(space)}.mbarrier::complete_tx::bytes{group} "
         f"[$0 + {offset}], [$1, {{{', '.join(place)}}}], [$2];",
         [], [value.ir_value(loc=loc, ip=ip) for value in values],
@@ -316,7 +318,7 @@ def tma_load(
 def store_matrices(address: Int32, values: list[Int32], *, loc=None, ip=None) -> None:
     """stmatrix of four 8 × 8 matrices of 16-bit values: lane l gives the address of row l % 8 of
     matrix l / 8, and holds columns 2 (l % 4) and the next of row l / 4 of each."""
-    _asm(
+    inline(
         "stmatrix.sync.aligned.m8n8.x4.shared.b16 [$0], {$1, $2, $3, $4};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)], "r,r,r,r,r",
         effects=True, loc=loc, ip=ip,
@@ -327,7 +329,7 @@ def store_matrices(address: Int32, values: list[Int32], *, loc=None, ip=None) ->
 def store_shared_word(address: Int32, value: Any, *, loc=None, ip=None) -> None:
     """st.shared.b32."""
     kind = "f" if isinstance(value, Float32) else "r"
-    _asm(
+    inline(
         "st.shared.b32 [$0], $1;",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), value)], f"r,{kind}",
         effects=True, loc=loc, ip=ip,
@@ -342,7 +344,7 @@ def load_shared(
     ``kind`` (Int32 or Float32)."""
     register = T.f32() if kind is Float32 else T.i32()
     letter = "=f" if kind is Float32 else "=r"
-    result = _asm(
+    result = inline(
         f"ld.shared.v4.b32 {{$0, $1, $2, $3}}, [$4 + {offset}];",
         [register] * 4, [Int32(address).ir_value(loc=loc, ip=ip)], ",".join([letter] * 4 + ["r"]),
         effects=True, loc=loc, ip=ip,
@@ -356,7 +358,7 @@ def store_global(address: Int64, values: list[Any], live: Any = True, *, loc=Non
     count = len(values)
     kind = "f" if isinstance(values[0], Float32) else "r"
     vector = f".v{count}" if count > 1 else ""
-    _asm(
+    inline(
         f"{{\n\t.reg .pred p;\n\tsetp.ne.b32 p, $1, 0;\n\t"
         f"@p st.global{vector}.b32 [$0], {_names(2, count)};\n\t}}",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int64(address), Int32(live), *values)],
@@ -369,77 +371,12 @@ def store_global_bytes(
     address: Int64, value: Int32, count: int, live: Any, *, loc=None, ip=None
 ) -> None:
     """st.global of the lowest one, two or four bytes of ``value``, where ``live``."""
-    _asm(
+    inline(
         f"{{\n\t.reg .pred p;\n\tsetp.ne.b32 p, $1, 0;\n\t"
         f"@p st.global.b{8 * count} [$0], $2;\n\t}}",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int64(address), Int32(live), Int32(value))],
         "l,r,r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
-
-
-@dsl_user_op
-def max3_magnitude(a: Float32, b: Float32, c: Float32, *, loc=None, ip=None) -> Float32:
-    """max.NaN.abs.f32 of three: the largest magnitude, NaN if one of them is NaN."""
-    operands = [Float32(x).ir_value(loc=loc, ip=ip) for x in (a, b, c)]
-    result = _asm(
-        "max.NaN.abs.f32 $0, $1, $2, $3;", [T.f32()], operands, "=f,f,f,f", effects=False,
-        loc=loc, ip=ip,
-    )  # fmt: skip
-    return Float32(result)
-
-
-@dsl_user_op
-def pack_e4m3(values: list[Float32], *, loc=None, ip=None) -> Int32:
-    """cvt.rn.satfinite.e4m3x2.f32 of up to four values, the first in the lowest byte: beyond the
-    range ±448, NaN 0x7F. Bytes for which there is no value are 0.
-
-    Pairs are made as words with an upper half of 0, and joined by prmt: of two conversions that are
-    the halves of one word ptxas makes one that merges into the other, and of two equal ones one
-    that merges into a register that nobody wrote.
-    """
-    operands = [value.ir_value(loc=loc, ip=ip) for value in [*values, Float32(0.0)]]
-    count = (len(values) + 1) // 2 * 2
-    made = "".join(
-        f"cvt.rn.satfinite.e4m3x2.f32 pair, ${j + 2}, ${j + 1};\n\t"
-        f"mov.b32 {'upper' if j else '$0'}, {{pair, none}};\n\t"
-        for j in range(0, count, 2)
-    )
-    joined = "prmt.b32 $0, $0, upper, 0x5410;\n\t" if count == 4 else ""
-    result = _asm(
-        "{\n\t.reg .b16 pair, none;\n\t.reg .b32 upper;\n\tmov.b16 none, 0;\n\t"
-        f"{made}{joined}}}",
-        [T.i32()], operands[:count], ",".join(["=&r"] + ["f"] * count), effects=False,
-        loc=loc, ip=ip,
-    )  # fmt: skip
-    return Int32(result)
-
-
-@dsl_user_op
-def unpack_e4m3(codes: Int32, *, loc=None, ip=None) -> list[Float32]:
-    """cvt.rn.f16x2.e4m3x2: the values of the two lowest bytes, exact."""
-    result = _asm(
-        "{\n\t.reg .b16 pair, a, b;\n\t.reg .b32 both;\n\tcvt.u16.u32 pair, $2;\n\t"
-        "cvt.rn.f16x2.e4m3x2 both, pair;\n\tmov.b32 {a, b}, both;\n\t"
-        "cvt.f32.f16 $0, a;\n\tcvt.f32.f16 $1, b;\n\t}",
-        [T.f32()] * 2, [Int32(codes).ir_value(loc=loc, ip=ip)], "=f,=f,r", effects=False,
-        loc=loc, ip=ip,
-    )  # fmt: skip
-    return _floats(result, 2, loc, ip)
-
-
-@dsl_user_op
-def pack_e2m1(values: list[Float32], *, loc=None, ip=None) -> Int32:
-    """cvt.rn.satfinite.e2m1x2.f32 of eight values, the first in the lowest four bits: beyond the
-    range ±6, NaN +6."""
-    pairs = " ".join(
-        f"cvt.rn.satfinite.e2m1x2.f32 b{j}, ${2 * j + 2}, ${2 * j + 1};" for j in range(4)
-    )
-    result = _asm(
-        f"{{\n\t.reg .b8 b0, b1, b2, b3;\n\t{pairs}\n\tmov.b32 $0, {{b0, b1, b2, b3}};\n\t}}",
-        [T.i32()], [value.ir_value(loc=loc, ip=ip) for value in values],
-        ",".join(["=r"] + ["f"] * 8), effects=False, loc=loc, ip=ip,
-    )  # fmt: skip
-    return Int32(result)
 
 
 def _try_wait(address: str, phase: str) -> list[str]:
@@ -508,7 +445,7 @@ def tcgen05_mma_shared(
     overwrites the accumulator. Commits to ``done``, an mbarrier's address and an offset."""
     values = (Int32(accumulator), Int32(descriptor), *b, *a, Int32(done[0]))
     last = _commit(f"$6 + {done[1]}", pair)
-    _asm(
+    inline(
         _mma(steps, True, "0", _group(pair), last=last), [],
         [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r", effects=True,
         loc=loc, ip=ip,
@@ -527,7 +464,7 @@ def tcgen05_mma_tmem(
     step, address, offset, phase = gate
     values = (Int32(x) for x in (accumulator, descriptor, *b, a, accumulate, address, phase))
     wait = [*_try_wait(f"$6 + {offset}", "$7"), "tcgen05.fence::after_thread_sync;"]
-    _asm(
+    inline(
         _mma(steps, False, "p", _group(pair), (step, wait)), [],
         [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r,r",
         effects=True, loc=loc, ip=ip,
@@ -548,7 +485,7 @@ def tcgen05_mma(
     enable = str(int(accumulate)) if isinstance(accumulate, bool) else "p"
     if enable == "p":
         values = (*values, Int32(accumulate))
-    _asm(
+    inline(
         _mma(steps, shared, enable, form), [], [value.ir_value(loc=loc, ip=ip) for value in values],
         ",".join(["r"] * len(values)), effects=True, loc=loc, ip=ip,
     )  # fmt: skip
@@ -558,7 +495,7 @@ def tcgen05_mma(
 def load_global(address: Int64, live: Any, *, loc=None, ip=None) -> list[Int32]:
     """ld.global.nc.v4.b32: 16 bytes, aligned, of memory that nobody writes meanwhile; zeros where
     not ``live``."""
-    result = _asm(
+    result = inline(
         "{\n\t.reg .pred p;\n\tsetp.ne.b32 p, $5, 0;\n\t"
         "mov.b32 $0, 0;\n\tmov.b32 $1, 0;\n\tmov.b32 $2, 0;\n\tmov.b32 $3, 0;\n\t"
         "@p ld.global.nc.v4.b32 {$0, $1, $2, $3}, [$4];\n\t}",
@@ -572,7 +509,7 @@ def load_global(address: Int64, live: Any, *, loc=None, ip=None) -> list[Int32]:
 @dsl_user_op
 def map_shared(address: Int32, rank: Any, *, loc=None, ip=None) -> Int32:
     """mapa: a shared address of this CTA in CTA ``rank`` of the cluster."""
-    result = _asm(
+    result = inline(
         "mapa.shared::cluster.u32 $0, $1, $2;",
         [T.i32()], [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, rank)], "=r,r,r",
         effects=False, loc=loc, ip=ip,
@@ -589,7 +526,7 @@ def store_cluster(
     count = len(values)
     vector = f".v{count}" if count > 1 else ""
     values = [Int32(value) for value in values]
-    _asm(
+    inline(
         f"st.shared::cluster{vector}.b{bits} [$0 + {offset}], {_names(1, count)};",
         [], [v.ir_value(loc=loc, ip=ip) for v in (Int32(address), *values)],
         ",".join(["r"] * (count + 1)), effects=True, loc=loc, ip=ip,
@@ -603,7 +540,7 @@ def copy_cluster(
     """cp.async.bulk by one thread: ``size`` bytes, a multiple of 16, of this CTA's shared memory to
     the cluster's, where they count at a ``barrier`` of the CTA that gets them."""
     values = [Int32(value).ir_value(loc=loc, ip=ip) for value in (target, source, barrier)]
-    _asm(
+    inline(
         "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes "
         f"[$0], [$1], {size}, [$2];",
         [], values, "r,r,r", effects=True, loc=loc, ip=ip,
@@ -613,7 +550,7 @@ def copy_cluster(
 @dsl_user_op
 def barrier_sync(identifier: Int32, threads: int, *, loc=None, ip=None) -> None:
     """barrier.sync: waits for ``threads`` threads."""
-    _asm(
+    inline(
         f"barrier.cta.sync.aligned $0, {threads};",
         [], [Int32(identifier).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
@@ -622,7 +559,7 @@ def barrier_sync(identifier: Int32, threads: int, *, loc=None, ip=None) -> None:
 @dsl_user_op
 def barrier_arrive(identifier: Int32, threads: int, *, loc=None, ip=None) -> None:
     """barrier.arrive: counts towards ``threads`` threads, and does not wait."""
-    _asm(
+    inline(
         f"barrier.cta.arrive.aligned $0, {threads};",
         [], [Int32(identifier).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
@@ -633,7 +570,7 @@ def barrier_any(
     identifier: Int32, threads: int, vote: Any, *, loc=None, ip=None
 ) -> cutlass.Boolean:
     """barrier.red.or: waits for ``threads`` threads; true for all of them if one of them votes."""
-    result = _asm(
+    result = inline(
         "{\n\t.reg .pred p, q;\n\tsetp.ne.b32 p, $1, 0;\n\t"
         f"barrier.cta.red.or.pred.aligned q, $2, {threads}, p;\n\tselp.b32 $0, 1, 0, q;\n\t}}",
         [T.i32()],
@@ -646,15 +583,15 @@ def barrier_any(
 @dsl_user_op
 def load_floats(address: Int64, *, loc=None, ip=None) -> list[Float32]:
     """ld.global.v4.f32: 16 bytes, aligned, that another CTA may have written in this launch."""
-    result = _asm(
+    result = inline(
         "ld.global.v4.f32 {$0, $1, $2, $3}, [$4];",
         [T.f32()] * 4, [Int64(address).ir_value(loc=loc, ip=ip)], "=f,=f,=f,=f,l", effects=True,
         loc=loc, ip=ip,
     )  # fmt: skip
-    return _floats(result, 4, loc, ip)
+    return floats(result, 4, loc, ip)
 
 
 @dsl_user_op
 def nanosleep(nanoseconds: int, *, loc=None, ip=None) -> None:
     """nanosleep: between looks at memory that another CTA will write."""
-    _asm(f"nanosleep.u32 {nanoseconds};", [], [], "", effects=True, loc=loc, ip=ip)
+    inline(f"nanosleep.u32 {nanoseconds};", [], [], "", effects=True, loc=loc, ip=ip)

@@ -20,6 +20,7 @@ import cutlass.cute as cute
 from cutlass import Boolean, Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.ptx_codes import max3_magnitude
 from cute_fmha.kernels.blackwell.scores import LOG2_E
 
 LN2 = math.log(2.0)
@@ -185,7 +186,7 @@ def largest_magnitude(values: list[Float32]) -> Float32:
     """max |values|; NaN if one of them is NaN."""
     while len(values) > 1:
         values = [
-            ptx.max3_magnitude(values[j], *(values[j + 1 : j + 3] * 2)[:2])
+            max3_magnitude(values[j], *(values[j + 1 : j + 3] * 2)[:2])
             if j + 1 < len(values)
             else values[j]
             for j in range(0, len(values), 3)

@@ -79,7 +79,7 @@ def few_rows(op: Op, out_dtype: torch.dtype, cut: Cut) -> TransposedPlan:
 )
 def test_conversions_to_fp8_merge_with_nothing(host, plan):
     """Of a word whose two pairs are equal (of a row without keys all are zeros) ptxas 12 makes one
-    conversion that merges into a register that nobody wrote. See `ptx.pack_e4m3`."""
+    conversion that merges into a register that nobody wrote. See `ptx_codes.pack_e4m3`."""
     merge = r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB_MERGE_C .*?(\w+)(?:\.reuse)? ;"
     merged = re.findall(merge, read(host, plan).listing)
     assert merged

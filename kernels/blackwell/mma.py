@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 from cutlass.cute.nvgpu import tcgen05
 
-from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell import ptx_mma
 
 
 def instruction_descriptor(
@@ -91,7 +91,7 @@ def multiply_shared(
     """accumulator = A Bᵀ, both in shared memory, of a ``pair`` of CTAs in both of them; commits to
     the mbarrier ``done``."""
     steps = tuple(zip(a.steps, b.steps, strict=True))
-    ptx.tcgen05_mma_shared(
+    ptx_mma.tcgen05_mma_shared(
         accumulator, (a_tile, a.high), (b_tile, b.high), descriptor, steps, done, pair
     )
 
@@ -108,7 +108,7 @@ def multiply(
     else:
         words = a
         steps = tuple((8 * k, step) for k, step in enumerate(b.steps))
-    ptx.tcgen05_mma(form, accumulator, words, (b_tile, b.high), descriptor, steps, accumulate)
+    ptx_mma.tcgen05_mma(form, accumulator, words, (b_tile, b.high), descriptor, steps, accumulate)
 
 
 def multiply_tmem(
@@ -118,6 +118,6 @@ def multiply_tmem(
     """accumulator (+)= A B; A is in TMEM, 16 values of a step in 8 columns, from step ``gate[0]``
     on when that mbarrier phase is over."""
     pairs = tuple((8 * k, step) for k, step in enumerate(b.steps))
-    ptx.tcgen05_mma_tmem(
+    ptx_mma.tcgen05_mma_tmem(
         accumulator, a, (b_tile, b.high), descriptor, pairs, accumulate, gate, pair
     )

@@ -95,6 +95,10 @@ class Barriers:
 
     def _arrive_warp(self, name: str, index: Any) -> None:
         cute.arch.sync_warp()
+        ranks = {"first": (0,), "both": (0, 1)}.get(self.topology.barrier(name).to, ())
+        if ranks and self.topology.ctas == 2:
+            ptx.mbarrier_arrive_cluster(*self.place(name, index), ranks)
+            return
         with cute.arch.elect_one():
             self._arrive(name, index)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -26,26 +26,25 @@ class PairRow(NamedTuple):
     shared: Shared
     scalars: Scalars
     barriers: Barriers
-    tmem: Any
-    thread: Int32
+    tO: Int32
+    told: cute.Tensor  # (GROUP): this row of sMax
     warp: Int32
 
 
 @dataclass(frozen=True)
-class GroupMaxima(Carried):
-    """What a row's Σ P is relative to in either softmax warpgroup of a pair."""
+class LastMaxima(Carried):
+    """Running maxima of a row of a pair: with the last KV tile and with the one before."""
 
-    first: Float32
-    second: Float32
+    last: Float32
+    before: Float32
 
-    @property
-    def both(self) -> tuple[Float32, Float32]:
-        return self.first, self.second
-
-    @property
-    def joint(self) -> Float32:
-        """The running maximum: it never falls."""
-        return cute.arch.fmax(self.first, self.second)
+    def of_groups(self, turn: Int32) -> tuple[Float32, Float32]:
+        """What Σ P of either softmax warpgroup is relative to, when it is the turn of ``turn``."""
+        second_is_last = turn == 0
+        return (
+            cutlass.select_(second_is_last, self.before, self.last),
+            cutlass.select_(second_is_last, self.last, self.before),
+        )
 
 
 @cute.jit
@@ -64,13 +63,14 @@ def correction(
     phase = [Int32(0) for _ in range(plan.q_tiles)]  # of stats_full and o_full
     # In a pair: the softmax warpgroup that tells of the next KV tile, and the V of the last P V.
     turn, value = Cursor(2), Cursor(plan.v_stages, Int32(plan.v_stages - 1), Int32(1))
+    told = row_of(shared.sMax, thread)
     chunk = Cursor(plan.o_stages)
     # Whether every KV tile is told of, the first one, too.
     every = plan.features.skip or plan.pair
     tile = work.first(barriers)
     while tile.exists:
         first, end, q_tiles = work.keys(tile)
-        maxima = GroupMaxima(Float32(EMPTY), Float32(EMPTY))
+        maxima = LastMaxima(Float32(EMPTY), Float32(EMPTY))
         fresh = [Boolean(True) for _ in range(plan.q_tiles)]
         for t in cutlass.range_constexpr(plan.q_tiles):
             # O is free: the first P V overwrites it. Which tile that is, a skip decides.
@@ -89,7 +89,8 @@ def correction(
                         again = n >= q_tiles[t].begin + without
                         needed = work.has(tile, q_tiles, t, n) & again
                     if cutlass.const_expr(plan.pair):
-                        mine = PairRow(plan, shared, scalars, barriers, tmem, thread, warp)
+                        tO = tmem_row(tmem, thread) + plan.tmem["O0"].start
+                        mine = PairRow(plan, shared, scalars, barriers, tO, told, warp)
                         maxima, kept, value = correct_pair(mine, turn, value, maxima)
                         turn = turn.next()
                         fresh[t] = fresh[t] & (not kept)
@@ -115,8 +116,8 @@ def correction(
                 total, row_max = Float32(0.0), Float32(EMPTY)
                 if q_tiles[t].any:
                     if cutlass.const_expr(plan.pair):
-                        row_max = maxima.joint
-                        for g, maximum in enumerate(maxima.both):
+                        row_max = maxima.last
+                        for g, maximum in enumerate(maxima.of_groups(turn.index)):
                             barriers.wait("stats_full", phase[t], g)
                             fade = ptx.exp2((maximum - row_max) * scalars.scale_log2)
                             total += shared.sScale[thread, g] * fade
@@ -150,6 +151,13 @@ def correction(
         tile = work.next(tile, barriers)
 
 
+def row_of(sX: cute.Tensor, thread: Int32) -> cute.Tensor:
+    """(GROUP) of ``sX``, for a row whose address is hidden: it is not made again at every use."""
+    address = ptx.opaque(sX[thread, None].iterator.toint())
+    pointer = cute.make_ptr(Float32, address, cute.AddressSpace.smem, assumed_align=4)
+    return cute.make_tensor(pointer, sX[thread, None].layout)
+
+
 @cute.jit
 def correct(plan, shared: Shared, barriers, tmem, t: cutlass.Constexpr, thread, warp, fresh):
     """O of Q tile ``t`` for the next KV tile; whether it is still ``fresh``."""
@@ -177,28 +185,23 @@ def correct_pair(mine, turn: Cursor, value: Cursor, maxima):
     there yet, or 0.
 
     S of the tile was made before P V of the last: that is complete when its V is given back."""
-    plan, shared, scalars, barriers, tmem, thread, warp = mine
+    plan, shared, scalars, barriers, tO, told, warp = mine
     group = turn.index
     barriers.hear("fade", 4 * group + warp)
-    maximum = shared.sMax[thread, group]
+    maximum = told[group]
     kept = Boolean(True)
     if cutlass.const_expr(plan.features.skip):
         kept = shared.keeps(turn.phase, group)
         barriers.arrive("decision_read", group)
-    before = maxima.joint
-    fade = ptx.exp2((before - maximum) * scalars.scale_log2)
-    fade = cutlass.select_(before > EMPTY, fade, Float32(1.0))
+    fade = ptx.exp2((maxima.last - maximum) * scalars.scale_log2)
+    fade = cutlass.select_(maxima.last > EMPTY, fade, Float32(1.0))
     if kept:
         if not cute.arch.vote_all_sync(fade >= 1.0):
             barriers.wait("v_empty", value.phase, value.index)
-            rescale(plan, tmem_row(tmem, thread) + plan.tmem["O0"].start, fade)
+            rescale(plan, tO, fade)
         barriers.arrive("p_ready", group)
         value = value.next()
-    maxima = GroupMaxima(
-        cutlass.select_(group == 0, maximum, maxima.first),
-        cutlass.select_(group == 0, maxima.second, maximum),
-    )
-    return maxima, kept, value
+    return LastMaxima(maximum, maxima.last), kept, value
 
 
 def rescale(plan: Plan, tO: Int32, fade: Float32) -> None:

@@ -1,4 +1,5 @@
-"""Instructions written as PTX, one wrapper each; conversions of short numbers are in `ptx_codes`.
+"""Instructions written as PTX, one wrapper each; MMAs are in `ptx_mma`, conversions of short
+numbers in `ptx_codes`.
 
 Registers are Python lists of values: a fragment never becomes an array in local memory, and the
 registers of an asynchronous TMEM load can be tied to the instruction that waits for it.
@@ -65,7 +66,7 @@ def cluster_rank(*, loc=None, ip=None) -> Int32:
 @dsl_user_op
 def mbarrier_wait(address: Int32, offset: int, phase: Any, *, loc=None, ip=None) -> None:
     """mbarrier.try_wait.parity, ``offset`` bytes from the address, until the phase is over."""
-    wait = "\n\t".join(_try_wait(f"$0 + {offset}", "$1"))
+    wait = "\n\t".join(wait_lines(f"$0 + {offset}", "$1"))
     inline(
         f"{{\n\t.reg .pred q;\n\t{wait}\n\t}}",
         [], [Int32(x).ir_value(loc=loc, ip=ip) for x in (address, phase)], "r,r", effects=True,
@@ -93,12 +94,30 @@ def mbarrier_expect(
 
 
 @dsl_user_op
+def mbarrier_arrive_cluster(
+    address: Int32, offset: int, ranks: tuple[int, ...], *, loc=None, ip=None
+) -> None:
+    """mbarrier.arrive by the elected lane in the CTAs ``ranks`` of the cluster, ``offset`` bytes
+    from what is the address in this one."""
+    arrivals = "".join(
+        f"mapa.shared::cluster.u32 there, $0, {rank};\n\t"
+        f"@e mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there + {offset}];\n\t"
+        for rank in ranks
+    )
+    inline(
+        "{\n\t.reg .pred e;\n\t.reg .b32 there;\n\telect.sync _|e, 0xffffffff;\n\t"
+        f"{arrivals}}}",
+        [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
+    )  # fmt: skip
+
+
+@dsl_user_op
 def tcgen05_commit(address: Int32, offset: int, pair: bool = False, *, loc=None, ip=None) -> None:
     """tcgen05.commit by the elected lane to the mbarrier ``offset`` bytes from the address; of a
     ``pair`` to that of both CTAs."""
     inline(
         "{\n\t.reg .pred e;\n\telect.sync _|e, 0xffffffff;\n\t"
-        f"{_commit(f'$0 + {offset}', pair)}\n\t}}",
+        f"{commit_line(f'$0 + {offset}', pair)}\n\t}}",
         [], [Int32(address).ir_value(loc=loc, ip=ip)], "r", effects=True, loc=loc, ip=ip,
     )  # fmt: skip
 
@@ -379,7 +398,7 @@ def store_global_bytes(
     )  # fmt: skip
 
 
-def _try_wait(address: str, phase: str) -> list[str]:
+def wait_lines(address: str, phase: str) -> list[str]:
     """Wait for a phase of an mbarrier, with a predicate q and a label of its own."""
     return [
         "again:", f"mbarrier.try_wait.parity.shared::cta.b64 q, [{address}], {phase}, 10000000;",
@@ -387,7 +406,7 @@ def _try_wait(address: str, phase: str) -> list[str]:
     ]  # fmt: skip
 
 
-def _commit(address: str, pair: bool) -> str:
+def commit_line(address: str, pair: bool) -> str:
     """Commit from the lane of predicate e; of a ``pair`` to both CTAs."""
     kind = "mbarrier::arrive::one.shared::cluster"
     if pair:
@@ -396,99 +415,6 @@ def _commit(address: str, pair: bool) -> str:
             f"@e tcgen05.commit.cta_group::2.{kind}.multicast::cluster.b64 [{address}], both; }}"
         )
     return f"@e tcgen05.commit.cta_group::1.{kind}.b64 [{address}];"
-
-
-def _group(pair: bool) -> str:
-    return "cta_group::2" if pair else "cta_group::1"
-
-
-def _mma(
-    steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str, form: str,
-    gate: tuple[int, list[str]] | None = None, last: str = "",
-) -> str:  # fmt: skip
-    """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
-    $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``. With
-    ``first_enable`` p the operand after A says whether the first MMA adds to D. ``gate``: lines to
-    come before a step; ``last``: a line at the end."""
-    lines = [
-        ".reg .pred e, p, q;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
-        "elect.sync _|e, 0xffffffff;",
-    ]  # fmt: skip
-    if first_enable == "p":
-        lines.append(f"setp.ne.b32 p, {'$6' if a_shared else '$5'}, 0;")
-
-    def descriptor(name: str, low: str, high: str, step: int) -> list[str]:
-        if step == 0:
-            return [f"mov.b64 d{name}, {{{low}, {high}}};"]
-        return [f"add.s32 l{name}, {low}, {step};", f"mov.b64 d{name}, {{l{name}, {high}}};"]
-
-    for index, (step_a, step_b) in enumerate(steps):
-        if gate and index == gate[0]:
-            lines += gate[1]
-        lines += descriptor("b", "$2", "$3", step_b)
-        if a_shared:
-            lines += descriptor("a", "$4", "$5", step_a)
-        a = "da" if a_shared else f"[$4 + {step_a}]"
-        enable = "1" if index else first_enable
-        lines.append(f"@e tcgen05.mma.{form}.kind::f16 [$0], {a}, db, $1, {enable};")
-    lines.append(last)
-    return "{\n\t" + "\n\t".join(lines) + "\n\t}"
-
-
-@dsl_user_op
-def tcgen05_mma_shared(
-    accumulator: Int32, a: tuple[Int32, Int32], b: tuple[Int32, Int32], descriptor: int,
-    steps: tuple[tuple[int, int], ...], done: tuple[Int32, int], pair: bool = False,
-    *, loc=None, ip=None,
-) -> None:  # fmt: skip
-    """tcgen05.mma kind::f16 for every K step, from descriptors given as (low, high) words;
-    overwrites the accumulator. Commits to ``done``, an mbarrier's address and an offset."""
-    values = (Int32(accumulator), Int32(descriptor), *b, *a, Int32(done[0]))
-    last = _commit(f"$6 + {done[1]}", pair)
-    inline(
-        _mma(steps, True, "0", _group(pair), last=last), [],
-        [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r", effects=True,
-        loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def tcgen05_mma_tmem(
-    accumulator: Int32, a: Int32, b: tuple[Int32, Int32], descriptor: int,
-    steps: tuple[tuple[int, int], ...], accumulate: Int32, gate: tuple[int, Int32, int, Int32],
-    pair: bool = False, *, loc=None, ip=None,
-) -> None:  # fmt: skip
-    """tcgen05.mma kind::f16 with A in TMEM, for every K step; the first adds to the accumulator
-    where ``accumulate`` is not 0. ``gate``: the step before which to wait for what comes of A by
-    then, and the address, an offset and the phase of the mbarrier."""
-    step, address, offset, phase = gate
-    values = (Int32(x) for x in (accumulator, descriptor, *b, a, accumulate, address, phase))
-    wait = [*_try_wait(f"$6 + {offset}", "$7"), "tcgen05.fence::after_thread_sync;"]
-    inline(
-        _mma(steps, False, "p", _group(pair), (step, wait)), [],
-        [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r,r",
-        effects=True, loc=loc, ip=ip,
-    )  # fmt: skip
-
-
-@dsl_user_op
-def tcgen05_mma(
-    form: str, accumulator: Int32, a: Int32 | tuple[Int32, Int32], b: tuple[Int32, Int32],
-    descriptor: int, steps: tuple[tuple[int, int], ...], accumulate: Any, *, loc=None, ip=None,
-) -> None:  # fmt: skip
-    """tcgen05.mma kind::f16 of ``form`` ("ws.cta_group::1", "cta_group::2") for every K step; A is
-    a descriptor's (low, high) words or a TMEM address. The first step adds to the accumulator
-    where ``accumulate`` holds."""
-    shared = isinstance(a, tuple)
-    words = a if isinstance(a, tuple) else (Int32(a),)
-    values: tuple[Any, ...] = (Int32(accumulator), Int32(descriptor), *b, *words)
-    enable = str(int(accumulate)) if isinstance(accumulate, bool) else "p"
-    if enable == "p":
-        values = (*values, Int32(accumulate))
-    inline(
-        _mma(steps, shared, enable, form), [], [value.ir_value(loc=loc, ip=ip) for value in values],
-        ",".join(["r"] * len(values)), effects=True, loc=loc, ip=ip,
-    )  # fmt: skip
 
 
 @dsl_user_op

@@ -1,4 +1,4 @@
-"""Numbers of eight and four bits as PTX converts them, and the maximum for their scale; see `ptx`."""
+"""Numbers of eight and four bits as PTX converts them, and the maximum for their scale."""
 
 from __future__ import annotations
 

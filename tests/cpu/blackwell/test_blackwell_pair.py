@@ -21,6 +21,8 @@ ONE = Heads(1, 1, 256, 256)
 GQA = Heads(4, 2, 256, 256)
 LENGTHS = [(1, 1), (300, 300), (0, 70), (130, 257), (40, 0), (257, 128)]
 """(queries, keys): empty ones of either kind, a second CTA without rows, an odd number of tiles."""
+SKIP = SkipSoftmax(math.exp(-6.0))
+SWEEP = pytest.mark.sweep
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_causal(seqlen_q, seqlen_k, ctas):
         check(case, out, lse)
 
 
-@pytest.mark.parametrize("pack", [1, 2])
+@pytest.mark.parametrize("pack", [pytest.param(1, marks=SWEEP), 2])
 def test_window_sink_softcap(pack):
     options = Options(window=(100, 30), sink=True, softcap=50.0)
     case = dense_case(1, 390, 450, GQA, options, Source(BF16))
@@ -67,23 +69,26 @@ def test_growing_scores(dtype):
         check(case, out, lse)
 
 
-@pytest.mark.parametrize("options", [Options(), Options(causal=True), Options(window=(300, 40))])
+@pytest.mark.parametrize(
+    "options",
+    [Options(), Options(causal=True), pytest.param(Options(window=(300, 40)), marks=SWEEP)],
+)
 @pytest.mark.parametrize("ctas", [2, 4])
 def test_decisions_of_the_oracle(options, ctas):
     """Both CTAs decide together, for 256 rows."""
     source = Source(FP16, gap=12.0, gap_block=128)
     case = dense_case(1, 390, 900, Heads(2, 1, 256, 256), options, source)
-    skip, tiles = SkipSoftmax(math.exp(-6.0)), Tiles(256, 128, False)
-    expected = case.oracle(tiles, skip)
+    tiles = Tiles(256, 128, False)
+    expected = case.oracle(tiles, SKIP)
     assert expected.margin > 1.0
     assert 0 < expected.skipped < expected.total
     for policy in harness.POLICIES:
         stats = torch.tensor([7, 100])
         out, lse, _ = harness.run(
-            case, policy, ctas=ctas, skip=skip.value, stats=stats,
+            case, policy, ctas=ctas, skip=SKIP.value, stats=stats,
             features={"skip": True, "count": True},
         )  # fmt: skip
-        check(case, out, lse, tiles, skip)
+        check(case, out, lse, tiles, SKIP)
         assert stats.tolist() == [7 + expected.skipped, 100 + expected.total]
 
 
@@ -113,8 +118,15 @@ def test_keys_in_use():
         check(case, out, lse)
 
 
-@pytest.mark.parametrize("skip", [None, SkipSoftmax(math.exp(-6.0))])
-@pytest.mark.parametrize(("pack", "window"), [(1, None), (2, (200, 20))])
+@pytest.mark.parametrize(
+    ("pack", "window", "skip"),
+    [
+        (1, None, None),
+        (2, (200, 20), SKIP),
+        pytest.param(1, None, SKIP, marks=SWEEP),
+        pytest.param(2, (200, 20), None, marks=SWEEP),
+    ],
+)
 def test_block_mask(skip, pack, window):
     """With an odd number of visible tiles here and there, and none."""
     options = Options(window=window, blocks=(64, 48, 0.3), sink=True)

@@ -188,6 +188,26 @@ def test_store_that_is_not_made() -> None:
     assert torch.equal(out, before)
 
 
+def test_mutant_without_an_end() -> None:
+    """A loop that steps over its end is stopped after a few times the unaltered instructions."""
+    counting = (
+        HEAD
+        + """
+    mov.u32 %r3, 0;
+TURN:
+    add.u32 %r3, %r3, 1;
+    setp.ne.u32 %p3, %r3, 3;
+    @%p3 bra TURN;
+    ret;
+}
+"""
+    )
+    report = run_mutants(captured(counting, torch.zeros(1)))
+    (step,) = report.outcomes
+    assert (step.mutant.group, step.verdict, step.how) == ("loop step", "caught", "endless loop")
+    assert "stopped after" in step.text
+
+
 def test_list() -> None:
     program = load(PIPELINE, "kernel")
     found = mutants(program)

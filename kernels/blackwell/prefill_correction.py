@@ -63,7 +63,7 @@ def correction(
     phase = [Int32(0) for _ in range(plan.q_tiles)]  # of stats_full and o_full
     # In a pair: the softmax warpgroup that tells of the next KV tile, and the V of the last P V.
     turn, value = Cursor(2), Cursor(plan.v_stages, Int32(plan.v_stages - 1), Int32(1))
-    told = row_of(shared.sMax, thread)
+    told = row_of(shared.sMax, thread) if plan.pair else None
     chunk = Cursor(plan.o_stages)
     # Whether every KV tile is told of, the first one, too.
     every = plan.features.skip or plan.pair

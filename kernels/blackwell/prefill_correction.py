@@ -16,7 +16,14 @@ from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
-from cute_fmha.kernels.blackwell.softmax import EMPTY, LN2, LOG2_E, scaled, with_sink
+from cute_fmha.kernels.blackwell.softmax import (
+    EMPTY,
+    LOG2_E,
+    log_sum_exp,
+    normaliser,
+    scaled,
+    with_sink,
+)
 
 
 class PairRow(NamedTuple):
@@ -137,12 +144,9 @@ def correction(
                     maximum_log2, total, left = with_sink(
                         maximum_log2, total, mem.mSink[work.head_of(tile, row)] * LOG2_E
                     )
-                nothing = total == 0.0
-                scale = 0.0 if nothing else left * cute.arch.rcp_approx(total)
+                scale = normaliser(total, left)
                 if cutlass.const_expr(plan.features.lse):
-                    lse = -Float32.inf
-                    if not nothing:
-                        lse = LN2 * (maximum_log2 + cute.math.log2(total, fastmath=True))
+                    lse = log_sum_exp(maximum_log2, total)
                     if row < work.rows(tile):
                         mem.mLSE[work.lse_place(tile, row)] = lse
                 tO = tmem_row(tmem, thread) + plan.tmem[f"O{t}"].start

@@ -12,7 +12,7 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Cursor
-from cute_fmha.kernels.blackwell.plan import WORK_STAGES, Plan
+from cute_fmha.kernels.blackwell.plan import GROUPS, WORK_STAGES, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared, tmem_row
 from cute_fmha.kernels.blackwell.prefill_schedule import Schedule
 from cute_fmha.kernels.blackwell.prefill_work import Work
@@ -40,18 +40,11 @@ class PairRow(NamedTuple):
 
 @dataclass(frozen=True)
 class LastMaxima(Carried):
-    """Running maxima of a row of a pair: with the last KV tile and with the one before."""
+    """Running maxima of a row of a pair: with the last KV tile and with the one before, which the
+    other softmax warpgroup had. To them Σ P of either is relative."""
 
     last: Float32
     before: Float32
-
-    def of_groups(self, turn: Int32) -> tuple[Float32, Float32]:
-        """What Σ P of either softmax warpgroup is relative to, when it is the turn of ``turn``."""
-        second_is_last = turn == 0
-        return (
-            cutlass.select_(second_is_last, self.before, self.last),
-            cutlass.select_(second_is_last, self.last, self.before),
-        )
 
 
 @cute.jit
@@ -123,11 +116,15 @@ def correction(
                 total, row_max = Float32(0.0), Float32(EMPTY)
                 if q_tiles[t].any:
                     if cutlass.const_expr(plan.pair):
+                        # In this order, whichever of the two had the last KV tile: that depends on
+                        # how many there were in other work tiles, and no bit of a result shall.
                         row_max = maxima.last
-                        for g, maximum in enumerate(maxima.of_groups(turn.index)):
+                        fade = ptx.exp2((maxima.before - row_max) * scalars.scale_log2)
+                        for g in range(GROUPS):
                             barriers.wait("stats_full", phase[t], g)
-                            fade = ptx.exp2((maximum - row_max) * scalars.scale_log2)
-                            total += shared.sScale[thread, g] * fade
+                        before, last = turn.index, turn.index ^ 1
+                        total = shared.sScale[thread, before] * fade + shared.sScale[thread, last]
+                        for g in range(GROUPS):
                             barriers.arrive("stats_empty", g)
                     else:
                         barriers.wait("stats_full", phase[t], t)

@@ -55,10 +55,10 @@ def test_window_sink_softcap(pack):
         check(case, out, lse)
 
 
-def growing_case(dtype):
+def growing_case(dtype, heads=ONE, keys=640):
     """The maximum rises over and over: O is rescaled while P V of the tile before may be at it."""
-    case = dense_case(1, 300, 640, ONE, source=Source(dtype, std=1.0))
-    ramp = torch.linspace(0.2, 4.0, 640).to(dtype)[None, :, None, None]
+    case = dense_case(1, 300, keys, heads, source=Source(dtype, std=1.0))
+    ramp = torch.linspace(0.2, 4.0, keys).to(dtype)[None, :, None, None]
     return replace(case, k=case.k * ramp)
 
 
@@ -109,6 +109,14 @@ def test_sequences(options):
         check(case, out[:total], lse[:, :total])
         assert out[total:].isnan().all()
         assert lse[:, total:].isnan().all()
+
+
+def test_bits_do_not_depend_on_other_work():
+    """Three KV tiles a work tile: which of them are whose changes with the work before."""
+    case = growing_case(BF16, Heads(3, 3, 256, 256), 330)
+    results = [harness.run(case, harness.POLICIES[0], ctas=ctas)[:2] for ctas in (2, 4)]
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_keys_in_use():

@@ -234,8 +234,8 @@ class Prefill:
             ]
             sScale: cute.struct.MemRange[Float32, GROUPS * plan.tile_m]
             sMax: cute.struct.MemRange[Float32, GROUPS * plan.tile_m]
-            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, self.votes * 2 * GROUPS], 4]
-            sWork: cute.struct.MemRange[Int32, words * WORK_STAGES]
+            sVotes: cute.struct.Align[cute.struct.MemRange[Int8, self.votes * GROUPS], 4]
+            sWork: cute.struct.Align[cute.struct.MemRange[Int32, words * WORK_STAGES], 16]
             sMask: cute.struct.MemRange[Int32, max(plan.mask_words, 1)]
             sClaim: cute.struct.Align[cute.struct.MemRange[Int32, 4], 16]
             barriers: cute.struct.MemRange[Int64, self.topology.size]
@@ -245,7 +245,7 @@ class Prefill:
         storage = cutlass.utils.SmemAllocator().allocate(Storage)
         barriers = Barriers(self.topology, storage.barriers.data_ptr())
         per_row = cute.make_layout((plan.tile_m, GROUPS))
-        votes = storage.sVotes.get_tensor(cute.make_layout((self.votes, 2, GROUPS)))
+        votes = storage.sVotes.get_tensor(cute.make_layout((self.votes, GROUPS)))
         o_buffers = storage.sV.data_ptr() if plan.o_over_v else storage.sO.data_ptr()
         o_buffers = cute.recast_ptr(o_buffers, layouts.sO.inner, dtype=self.out_dtype)
         shared = Shared(

@@ -192,7 +192,7 @@ def correct_pair(mine, turn: Cursor, value: Cursor, maxima):
     maximum = told[group]
     kept = Boolean(True)
     if cutlass.const_expr(plan.features.skip):
-        kept = shared.keeps(turn.phase, group)
+        kept = shared.keeps(group)
         barriers.arrive("decision_read", group)
     fade = ptx.exp2((maxima.last - maximum) * scalars.scale_log2)
     fade = cutlass.select_(maxima.last > EMPTY, fade, Float32(1.0))

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Int32
+from cutlass import Boolean, Int32, Int64
 from cutlass.cute.nvgpu import cpasync
 
-from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
+from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Cursor
 from cute_fmha.kernels.blackwell.plan import Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Mmas, Shared
 from cute_fmha.kernels.blackwell.prefill_work import Work
+
+
+@dataclass(frozen=True)
+class Counts(Carried):
+    """KV tiles of this CTA so far, each for every Q tile."""
+
+    skipped: Int32
+    visited: Int32
 
 
 def decision(shared: Shared, barriers: Barriers, group: Any, phase: Int32) -> Boolean:
     """Wait for a softmax warpgroup's next decision, of parity ``phase``: whether the KV tile is
     kept."""
     barriers.wait_tmem("decided", phase, group)
-    return shared.keeps(phase, group)
+    return shared.keeps(group)
 
 
 def partition(tma: Any, shared: Any, tile: Any) -> Any:
@@ -78,9 +87,10 @@ def load(plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barrie
 def load_values(
     plan: Plan, work: Work, mmas: Mmas, mem: Global, shared: Shared, barriers: Barriers
 ):  # fmt: skip
-    """V by a warp of its own: only it waits for decisions, K is always ahead of them.
+    """V by a warp of its own: only it waits for decisions, K is always ahead of them. As it hears
+    of all of them, it also counts them.
 
-    Reads: V in global memory. Writes: sV by TMA.
+    Reads: V in global memory. Writes: sV by TMA, the counters.
     Waits: decided, v_empty, stored. Signals: decision_read, v_full, stored_read. Registers: 48."""
     pv = mmas.pv.get_slice(work.rank)
     v_bytes = plan.tile_n * plan.head_dim_v * plan.dtype.itemsize
@@ -88,6 +98,7 @@ def load_values(
     turn = Cursor(2)  # in a pair, whose warpgroups decide by turns
     v = Cursor(plan.v_stages)
     stored = Int32(0)
+    counts = Counts(Int32(0), Int32(0))
     tile = work.first(barriers)
     while tile.exists:
         if cutlass.const_expr(plan.o_over_v):
@@ -116,13 +127,23 @@ def load_values(
                             keep = decision(shared, barriers, t, decisions[t])
                             barriers.arrive("decision_read", t)
                             decisions[t] = decisions[t] ^ 1
+                        counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
                         if keep and not fetched:
                             v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
                             fetched = Boolean(True)
             else:
                 v = fetch("v", mem.tma_v, tVgV, n, tVsV, v_bytes, v, barriers)
+                if cutlass.const_expr(plan.features.count):
+                    for t in cutlass.range_constexpr(plan.q_tiles):
+                        if work.has(tile, q_tiles, t, n):
+                            counts = Counts(counts.skipped, counts.visited + 1)
             n = work.after(tile, n, end)
         tile = work.next(tile, barriers)
+    if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
+        if work.rank == 0:
+            with cute.arch.elect_one():
+                cute.arch.atomic_add(mem.mStats.iterator, Int64(counts.skipped))
+                cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(counts.visited))
     # The release of the last V is the last signal of the tensor core: stay until it is in.
     for _stage in cutlass.range_constexpr(plan.v_stages):
         barriers.wait("v_empty", v.empty_phase, v.index)

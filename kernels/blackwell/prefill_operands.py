@@ -94,15 +94,15 @@ class Shared(NamedTuple):
     sO: Any  # (ROWS, CHUNK, STAGE)
     sScale: Any  # (ROWS, GROUP): fade of a KV tile, at the end the row sum
     sMax: Any  # (ROWS, GROUP): at the end the row maximum; in a pair that of every KV tile
-    sVotes: Any  # (WARP, 2, GROUP) bytes: whether a warp's rows keep a KV tile
-    sKeep: Any  # (CTA, 2, GROUP): the same bytes as a word, 0 if nobody keeps it
+    sVotes: Any  # (WARP, GROUP) bytes: whether a warp's rows keep a KV tile
+    sKeep: Any  # (CTA, GROUP): the same bytes as a word, 0 if nobody keeps it
     sWork: Any  # (WORD, STAGE): records of work tiles
     sClaim: Any  # (4,): answer of cluster launch control
     sMask: Any  # (VISIBLE and MIXED of each TILE, WORD, STAGE): bits of a block mask
 
-    def keeps(self, phase: Int32, group: Any) -> Boolean:
-        """Whether a row has voted to keep the KV tile of that parity."""
-        votes = self.sKeep[0, phase, group]
+    def keeps(self, group: Any) -> Boolean:
+        """Whether a row of ``group`` has voted to keep the KV tile that is decided on."""
+        votes = self.sKeep[0, group]
         if cute.size(self.sKeep, mode=[0]) == 2:
-            votes = votes | self.sKeep[1, phase, group]
+            votes = votes | self.sKeep[1, group]
         return votes != 0

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Boolean, Float32, Int8, Int32, Int64
+from cutlass import Boolean, Float32, Int8, Int32
 
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.device import DTYPES
@@ -70,14 +70,6 @@ class SoftmaxPhases(Carried):
     turn: Int32
 
 
-@dataclass(frozen=True)
-class Counts(Carried):
-    """KV tiles of this warpgroup so far."""
-
-    skipped: Int32
-    visited: Int32
-
-
 @cute.jit
 def softmax(
     plan: Plan, work: Work, mem: Global, shared: Shared, scalars: Scalars, tmem: cute.Pointer,
@@ -92,7 +84,6 @@ def softmax(
     t = warp // 4
     thread = cute.arch.thread_idx()[0] % 128
     phases = SoftmaxPhases(Int32(0), Int32(0), Int32(0))
-    counts = Counts(Int32(0), Int32(0))
     skip = mem.mSkip[0] if plan.features.skip_tensor else scalars.skip
     threshold = raw_threshold(skip, scalars.scale_log2)
     tile = work.first(barriers)
@@ -119,29 +110,29 @@ def softmax(
                 keys = work.keys_of(tile, of)
                 full = (keys.full_begin <= n) & (n < keys.full_end)
                 if full & (not work.is_mixed(tile, of, n)):
-                    state, phases, counts = softmax_step(
-                        group, tile, row, n, n > keys.begin, state, phases, counts, False
+                    state, phases = softmax_step(
+                        group, tile, row, n, n > keys.begin, state, phases, False
                     )
                 else:
-                    state, phases, counts = softmax_step(
-                        group, tile, row, n, n > keys.begin, state, phases, counts, True
+                    state, phases = softmax_step(
+                        group, tile, row, n, n > keys.begin, state, phases, True
                     )
                 n = work.after(tile, n, keys.end, of)
         else:
             if cutlass.const_expr(plan.features.window_left):
                 while n < keys.full_begin:
-                    state, phases, counts = softmax_step(
-                        group, tile, row, n, n > keys.begin, state, phases, counts, True
+                    state, phases = softmax_step(
+                        group, tile, row, n, n > keys.begin, state, phases, True
                     )
                     n = work.after(tile, n, keys.end)
             while n < keys.full_end:
-                state, phases, counts = softmax_step(
-                    group, tile, row, n, n > keys.begin, state, phases, counts, False
+                state, phases = softmax_step(
+                    group, tile, row, n, n > keys.begin, state, phases, False
                 )
                 n = work.after(tile, n, keys.end)
             while n < keys.end:
-                state, phases, counts = softmax_step(
-                    group, tile, row, n, n > keys.begin, state, phases, counts, True
+                state, phases = softmax_step(
+                    group, tile, row, n, n > keys.begin, state, phases, True
                 )
                 n = work.after(tile, n, keys.end)
         if keys.any:
@@ -160,37 +151,29 @@ def softmax(
             barriers.arrive("stats_full", t)
             phases = replace(phases, stats=phases.stats ^ 1)
         tile = work.next(tile, barriers)
-    if cutlass.const_expr(plan.features.count):  # noqa: SIM102  (compile and run time)
-        if (thread == 0) & (work.rank == 0):
-            cute.arch.atomic_add(mem.mStats.iterator, Int64(counts.skipped))
-            cute.arch.atomic_add(mem.mStats.iterator + 1, Int64(counts.visited))
 
 
 @cute.jit
 def softmax_step(
-    group, tile: WorkTile, row: Int32, n: Int32, later: Boolean, state, phases, counts,
+    group, tile: WorkTile, row: Int32, n: Int32, later: Boolean, state, phases,
     masked: cutlass.Constexpr,
 ):  # fmt: skip
-    """`kv_tile`, in a pair if it is this warpgroup's turn: the row's next state, the phases and
-    the counts."""
+    """`kv_tile`, in a pair if it is this warpgroup's turn: the row's next state and the phases."""
     if cutlass.const_expr(group.work.plan.pair):
         if phases.turn == group.t:
-            state, phases, counts = kv_tile(
-                group, tile, row, n, later, state, phases, counts, masked
-            )
+            state, phases = kv_tile(group, tile, row, n, later, state, phases, masked)
         phases = replace(phases, turn=phases.turn ^ 1)
     else:
-        state, phases, counts = kv_tile(group, tile, row, n, later, state, phases, counts, masked)
-    return state, phases, counts
+        state, phases = kv_tile(group, tile, row, n, later, state, phases, masked)
+    return state, phases
 
 
 @cute.jit
 def kv_tile(
-    group, tile: WorkTile, row: Int32, n: Int32, later: Boolean, state, phases, counts,
+    group, tile: WorkTile, row: Int32, n: Int32, later: Boolean, state, phases,
     masked: cutlass.Constexpr,
 ):  # fmt: skip
-    """One KV tile of one row, ``later`` than its first: the row's next state, the phases and the
-    counts.
+    """One KV tile of one row, ``later`` than its first: the row's next state and the phases.
 
     With skip-softmax a warp tells what its rows vote and goes on as if the tile were kept, until it
     has the first exponentials: by then the other warps' votes are in, and nobody has waited."""
@@ -216,7 +199,7 @@ def kv_tile(
         if cutlass.const_expr(plan.pair):
             running, needed = told(group, later, row, tile, phases)
         ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives
-        vote(group, cute.arch.vote_any_sync(tile_max >= needed), phases)
+        vote(group, cute.arch.vote_any_sync(tile_max >= needed))
         maximum, fade = new_maximum(
             running, cute.arch.fmax(running, tile_max), scalars.scale_log2, plan.rescale_threshold
         )
@@ -225,7 +208,7 @@ def kv_tile(
             scores[: plan.ahead], scalars.scale_log2, minus_max, plan.by_polynomial
         )
         barriers.wait("decided", phases.s, t)
-        keep = shared.keeps(phases.s, t)
+        keep = shared.keeps(t)
         kept_needed = cute.arch.fmax(needed, tile_max + scalars.skip)
         if cutlass.const_expr(plan.pair):
             maximum = cutlass.select_(keep, maximum, running)
@@ -239,7 +222,6 @@ def kv_tile(
             if keep:
                 total = probabilities(group, ahead, scores, tP, minus_max, state.total * fade)
                 state = RowState(maximum, total, kept_needed)
-        counts = Counts(counts.skipped + Int32(not keep), counts.visited + 1)
         phases = replace(phases, s=phases.s ^ 1)
     else:
         if cutlass.const_expr(plan.pair):
@@ -263,8 +245,7 @@ def kv_tile(
         total = probabilities(group, [], scores, tP, minus_max, total)
         state = RowState(maximum, total, state.needed)
         phases = replace(phases, s=phases.s ^ 1)
-        counts = Counts(counts.skipped, counts.visited + 1)
-    return state, phases, counts
+    return state, phases
 
 
 def wait_maxima(group: Group, phases: SoftmaxPhases) -> None:
@@ -303,18 +284,21 @@ def tell_maximum(group: Group, new: RowState, old: RowState) -> RowState:
     return replace(new, total=old.total * fade)
 
 
-def vote(group: Group, keep: Boolean, phases: SoftmaxPhases) -> None:
-    """Say whether this warp's rows keep the KV tile; in a pair to both CTAs."""
+def vote(group: Group, keep: Boolean) -> None:
+    """Say whether this warp's rows keep the KV tile; in a pair to both CTAs.
+
+    Everybody has read what the group decided before: decision_read says so of the correction's
+    warps, which hear of a tile from softmax warps that know, and of load_values."""
     work, shared, _, _, barriers, _, t, thread = group
+    if not work.plan.pair:
+        # All lanes say the same: nobody needs to be elected.
+        shared.sVotes[thread // 32, t] = Int32(keep).to(Int8)
+        barriers.arrive("decided", t)
+        return
     with cute.arch.elect_one():
-        if work.plan.pair:
-            own = cute.domain_offset(
-                (work.rank * 4 + thread // 32, phases.s, t), shared.sVotes
-            ).iterator.toint()
-            for rank in range(2):
-                ptx.store_cluster(ptx.map_shared(own, rank), [Int32(keep)], bits=8)
-        else:
-            shared.sVotes[thread // 32, phases.s, t] = Int32(keep).to(Int8)
+        own = cute.domain_offset((work.rank * 4 + thread // 32, t), shared.sVotes).iterator.toint()
+        for rank in range(2):
+            ptx.store_cluster(ptx.map_shared(own, rank), [Int32(keep)], bits=8)
         barriers.arrive_elected("decided", t)
 
 

@@ -178,7 +178,7 @@ def prefill_topology(plan: Plan) -> Topology:
         # The MMA needs no say in when the next one may be made: that is on an S which it makes
         # after it has read this one.
         decided = [
-            Barrier("decided", GROUPS, (("softmax", "warp"),), "both"),
+            Barrier("decided", GROUPS, (("softmax", how),), "both"),
             Barrier("decision_read", GROUPS, (("load_values", how), ("correction", how)), "both"),
         ]
     over_v = []

@@ -113,11 +113,12 @@ def multiply(
 
 def multiply_tmem(
     accumulator: Int32, a: Int32, b: Operand, b_tile: Int32, descriptor: int,
-    accumulate: Int32, gate: tuple[int, Int32, int, Int32], pair: bool = False,
+    accumulate: Int32, gates: dict[int, int], barrier: tuple[Int32, Int32], pair: bool = False,
 ) -> None:  # fmt: skip
-    """accumulator (+)= A B; A is in TMEM, 16 values of a step in 8 columns, from step ``gate[0]``
-    on when that mbarrier phase is over."""
+    """accumulator (+)= A B; A is in TMEM, 16 values of a step in 8 columns. ``gates``:
+    steps before which a phase of an mbarrier has to be over, and the mbarrier's offset;
+    ``barrier``: the address that it is from, and the phase."""
     pairs = tuple((8 * k, step) for k, step in enumerate(b.steps))
     ptx_mma.tcgen05_mma_tmem(
-        accumulator, a, (b_tile, b.high), descriptor, pairs, accumulate, gate, pair
+        accumulator, a, (b_tile, b.high), descriptor, pairs, accumulate, gates, barrier, pair
     )

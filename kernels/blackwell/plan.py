@@ -120,6 +120,10 @@ class Plan:
     )
     ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
     pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
+    p_parts: tuple[int, ...] = (
+        6,
+        8,
+    )  # eighths of a tile of P that are there when some is handed on
     by_polynomial: int = 0  # of 16 exponentials, those without the special-function unit
     rescale_threshold: float = 3.0  # log2 that a maximum rises by before O is rescaled
     pair: bool = False
@@ -133,6 +137,8 @@ class Plan:
             )
         if self.o_over_v and self.o_bytes > self.shared_parts["V"]:
             raise ValueError(f"O has {self.o_bytes} bytes over V: {self.shared_parts}")
+        if any(part * self.tile_n % 128 for part in self.p_parts):
+            raise ValueError(f"parts of P end in a K step: {self.p_parts} of 8, {self.tile_n} keys")
         registers = sum(32 * len(role.warps) * role.registers for role in self.roles)
         if registers > REGISTERS:
             raise ValueError(f"registers: {registers} of {REGISTERS}")
@@ -150,6 +156,12 @@ class Plan:
     def mma_rows(self) -> int:
         """Rows of an MMA, which have their KV tiles in common."""
         return self.ctas * self.tile_m
+
+    @property
+    def p_handed(self) -> tuple[tuple[int, str], ...]:
+        """`p_parts`, and the barriers that announce them."""
+        names = ("p_ready", "p_more", "p_last") if len(self.p_parts) == 3 else ("p_ready", "p_last")
+        return tuple(zip(self.p_parts, names, strict=True))
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -235,22 +247,26 @@ def make_plan(
     keep the special-function unit busy for 2048 cycles, the tensor core for 8 a column of K and of
     V: at 128 as many exponentials go by polynomial as leave the former well below the latter, at 64
     and 96 as many as instructions allow.
+    P V may begin when five eighths of P are stored and then never waits long, as another eighth is
+    hardly longer in the making than in the product: at 128 the tensor core's chain from S to S has
+    nearly as many cycles as its work, and at 64 and 96 others bind.
     The bits of a block mask take the place of a chunk buffer; at (192, 128) they make tiles of 64
     keys, whose output has buffers of its own.
     """
     if head_dim == 192 and features.block_mask is None:
         return Plan(
             head_dim, head_dim_v, dtype, out_dtype, features, v_stages=1, o_over_v=True,
-            op=op or Op(),
+            p_parts=(5, 7, 8), op=op or Op(),
         )  # fmt: skip
     if head_dim == 256:
         return Plan(
             head_dim, head_dim_v, dtype, out_dtype, features, pair=True, q_tiles=1,
-            o_stages=1 if features.block_mask else 2, op=op or Op(),
+            o_stages=1 if features.block_mask else 2, p_parts=(5, 7, 8), op=op or Op(),
         )  # fmt: skip
     plan = Plan(
         head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if head_dim == 192 else 128,
         o_stages=1 if features.block_mask else 2,
+        p_parts=(5, 7, 8) if head_dim == 128 else (6, 8),
         by_polynomial=polynomials(head_dim, features),
         op=op or Op(),
     )  # fmt: skip

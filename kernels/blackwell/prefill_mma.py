@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Int32
@@ -21,11 +23,8 @@ from cute_fmha.kernels.blackwell.prefill_operands import Mmas, Shared
 from cute_fmha.kernels.blackwell.prefill_work import Work
 
 
-def operands(
-    plan: Plan, mmas: Mmas, shared: Shared
-) -> tuple[Operand, Operand, Operand, int, int, int]:
-    """Q, K and V as the tensor core reads them, the kinds of Q Kᵀ and of P V, and the first of the
-    steps over P that p_last is for."""
+def operands(plan: Plan, mmas: Mmas, shared: Shared) -> tuple[Operand, Operand, Operand, int, int]:
+    """Q, K and V as the tensor core reads them, the kinds of Q Kᵀ and of P V."""
     dtype = DTYPES[plan.dtype]
     qk, pv = mmas.qk.get_slice(0), mmas.pv.get_slice(0)
     return (
@@ -35,8 +34,18 @@ def operands(
         Operand.of(pv.make_fragment_B(shared.sV)),
         instruction_descriptor(dtype, plan.mma_rows, plan.tile_n, False),
         instruction_descriptor(dtype, plan.mma_rows, plan.head_dim_v, True),
-        plan.tile_n // 16 * 3 // 4,
     )
+
+
+def gates(
+    plan: Plan, barriers: Barriers, group: Any, phase: Int32
+) -> tuple[dict[int, int], tuple[Int32, Int32]]:
+    """What steps over P of a group wait for, as `multiply_tmem` has it."""
+    begins = (part * plan.tile_n // 128 for part in plan.p_parts)
+    names = (name for _, name in plan.p_handed[1:])
+    places = {step: barriers.place(name, group) for step, name in zip(begins, names, strict=False)}
+    address = next(address for address, _ in places.values())
+    return {step: offset for step, (_, offset) in places.items()}, (address, phase)
 
 
 @cute.jit
@@ -44,9 +53,9 @@ def mma(
     plan: Plan, work: Work, mmas: Mmas, shared: Shared, tmem: cute.Pointer, barriers: Barriers
 ):  # fmt: skip
     """Reads: sQ, sK, sV, P. Writes: S, O in TMEM.
-    Waits: q_full, k_full, v_full, p_ready, p_last, decided.
+    Waits: q_full, k_full, v_full, p_ready, p_more, p_last, decided.
     Signals: q_empty, k_empty, v_empty, s_full, o_full. Registers: 48."""
-    q, k_tiles, v_tiles, qk_kind, pv_kind, last_quarter = operands(plan, mmas, shared)
+    q, k_tiles, v_tiles, qk_kind, pv_kind = operands(plan, mmas, shared)
     columns = tmem.toint()
     tS, tP, tO = (
         [columns + plan.tmem[f"{name}{t}"].start for t in range(plan.q_tiles)]
@@ -84,10 +93,10 @@ def mma(
                                 barriers.wait("v_full", v.phase, v.index)
                             v_used = ptx.opaque(Int32(1))
                             barriers.wait_tmem("p_ready", p_phase[t], t)
-                            rest = (last_quarter, *barriers.place("p_last", t), p_phase[t])
                             multiply_tmem(
-                                tO[t], tP[t], v_tiles, v_tile, pv_kind, accumulate[t], rest
-                            )
+                                tO[t], tP[t], v_tiles, v_tile, pv_kind, accumulate[t],
+                                *gates(plan, barriers, t, p_phase[t]),
+                            )  # fmt: skip
                             accumulate[t] = ptx.opaque(Int32(1))
                             p_phase[t] = p_phase[t] ^ 1
                     if cutlass.const_expr(t == plan.q_tiles - 1):  # noqa: SIM102  (as below)
@@ -123,7 +132,7 @@ def mma_pair(
     S, before P V of tile n, whose P is still in the making.
 
     Reads, writes, waits and signals as `mma`."""
-    q, k_tiles, v_tiles, qk_kind, pv_kind, last_quarter = operands(plan, mmas, shared)
+    q, k_tiles, v_tiles, qk_kind, pv_kind = operands(plan, mmas, shared)
     columns = tmem.toint()
     tS, tP, tO = (columns + plan.tmem[name].start for name in ("S0", "P0", "O0"))
     q_phase = Int32(0)
@@ -161,10 +170,9 @@ def mma_pair(
                     if keep:
                         barriers.wait("v_full", v.phase, v.index)
                         barriers.wait_tmem("p_ready", p_phase, g)
-                        rest = (last_quarter, *barriers.place("p_last", g), p_phase)
                         multiply_tmem(
                             tO, tP + g * plan.tile_n, v_tiles, v_tiles.tile(v.index), pv_kind,
-                            accumulate, rest, True,
+                            accumulate, *gates(plan, barriers, g, p_phase), True,
                         )  # fmt: skip
                         accumulate = ptx.opaque(Int32(1))
                         barriers.commit("v_empty", v.index)

@@ -79,7 +79,8 @@ def softmax(
 
     Reads: S. Writes: P over S, sScale, sMax, sVotes.
     Waits: s_full, decided, decision_read, stats_empty; in a pair maxima.
-    Signals: decided, fade, p_ready, p_last, stats_full; in a pair maxima. Registers: 192."""
+    Signals: decided, fade, p_ready, p_more, p_last, stats_full; in a pair maxima.
+    Registers: 192."""
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
     t = warp // 4
     thread = cute.arch.thread_idx()[0] % 128
@@ -334,16 +335,17 @@ def probabilities(
     """P of a kept tile, whose first values are ``ahead``, handed to the MMA; ``total`` + Σ P."""
     work, _, scalars, _, barriers, _, t, _ = group
     plan = work.plan
-    quarter = plan.tile_n // 4
+    eighth = plan.tile_n // 8
     p = list(ahead)
-    for q in range(4):
-        rest = scores[len(p) : (q + 1) * quarter]
-        p += exponentials(rest, scalars.scale_log2, minus_max, plan.by_polynomial)
-        part = p[q * quarter : (q + 1) * quarter]
-        ptx.tcgen05_store(tP + q * quarter // 2, packed(part, DTYPES[plan.dtype]))
-        if q == 2:
-            ptx.tcgen05_wait_store()
-            barriers.arrive_tmem("p_ready", t)
-    ptx.tcgen05_wait_store()
-    barriers.arrive_tmem("p_last", t)
+    begin = 0
+    for part, name in plan.p_handed:
+        while begin < part:
+            end = min(begin + 2, part)
+            rest = scores[len(p) : end * eighth]
+            p += exponentials(rest, scalars.scale_log2, minus_max, plan.by_polynomial)
+            stored = p[begin * eighth : end * eighth]
+            ptx.tcgen05_store(tP + begin * eighth // 2, packed(stored, DTYPES[plan.dtype]))
+            begin = end
+        ptx.tcgen05_wait_store()
+        barriers.arrive_tmem(name, t)
     return row_sum(p, total)

@@ -16,12 +16,12 @@ def _group(pair: bool) -> str:
 
 def _mma(
     steps: tuple[tuple[int, int], ...], a_shared: bool, first_enable: str, form: str,
-    gate: tuple[int, list[str]] | None = None, last: str = "",
+    gates: dict[int, list[str]] | None = None, last: str = "",
 ) -> str:  # fmt: skip
     """The MMAs of all K steps, by the elected lane: D $0, descriptor $1, words of B's descriptor
     $2 $3, A's words $4 $5 or TMEM address $4; operands advance by the (a, b) of ``steps``. With
-    ``first_enable`` p the operand after A says whether the first MMA adds to D. ``gate``: lines to
-    come before a step; ``last``: a line at the end."""
+    ``first_enable`` p the operand after A says whether the first MMA adds to D. ``gates``: lines
+    to come before steps; ``last``: a line at the end."""
     lines = [
         ".reg .pred e, p, q;", ".reg .b32 la, lb;", ".reg .b64 da, db;",
         "elect.sync _|e, 0xffffffff;",
@@ -35,8 +35,7 @@ def _mma(
         return [f"add.s32 l{name}, {low}, {step};", f"mov.b64 d{name}, {{l{name}, {high}}};"]
 
     for index, (step_a, step_b) in enumerate(steps):
-        if gate and index == gate[0]:
-            lines += gate[1]
+        lines += (gates or {}).get(index, [])
         lines += descriptor("b", "$2", "$3", step_b)
         if a_shared:
             lines += descriptor("a", "$4", "$5", step_a)
@@ -67,17 +66,19 @@ def tcgen05_mma_shared(
 @dsl_user_op
 def tcgen05_mma_tmem(
     accumulator: Int32, a: Int32, b: tuple[Int32, Int32], descriptor: int,
-    steps: tuple[tuple[int, int], ...], accumulate: Int32, gate: tuple[int, Int32, int, Int32],
-    pair: bool = False, *, loc=None, ip=None,
+    steps: tuple[tuple[int, int], ...], accumulate: Int32, gates: dict[int, int],
+    barrier: tuple[Int32, Int32], pair: bool = False, *, loc=None, ip=None,
 ) -> None:  # fmt: skip
     """tcgen05.mma kind::f16 with A in TMEM, for every K step; the first adds to the accumulator
-    where ``accumulate`` is not 0. ``gate``: the step before which to wait for what comes of A by
-    then, and the address, an offset and the phase of the mbarrier."""
-    step, address, offset, phase = gate
-    values = (Int32(x) for x in (accumulator, descriptor, *b, a, accumulate, address, phase))
-    wait = [*wait_lines(f"$6 + {offset}", "$7"), "tcgen05.fence::after_thread_sync;"]
+    where ``accumulate`` is not 0. ``gates``: the steps before which to wait for what comes of A by
+    then, and the offset of its mbarrier from the address in ``barrier``, which has the phase."""
+    values = (Int32(x) for x in (accumulator, descriptor, *b, a, accumulate, *barrier))
+    waits = {
+        step: ["{", *wait_lines(f"$6 + {offset}", "$7"), "}", "tcgen05.fence::after_thread_sync;"]
+        for step, offset in gates.items()
+    }
     inline(
-        _mma(steps, False, "p", _group(pair), (step, wait)), [],
+        _mma(steps, False, "p", _group(pair), waits), [],
         [value.ir_value(loc=loc, ip=ip) for value in values], "r,r,r,r,r,r,r,r",
         effects=True, loc=loc, ip=ip,
     )  # fmt: skip

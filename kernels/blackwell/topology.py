@@ -181,6 +181,9 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("decided", GROUPS, (("softmax", how),), "both"),
             Barrier("decision_read", GROUPS, (("load_values", how), ("correction", how)), "both"),
         ]
+    more = []
+    if len(plan.p_parts) == 3:
+        more = [Barrier("p_more", GROUPS, (("softmax", how),), to)]
     over_v = []
     if plan.o_over_v:
         # The output of a work tile is stored, so that V of the next may come; and that is known.
@@ -210,8 +213,9 @@ def prefill_topology(plan: Plan) -> Topology:
             Barrier("v_full", plan.v_stages, (("load_values", "bytes"),), to),
             Barrier("v_empty", plan.v_stages, (("mma", "commit"),)),
             Barrier("s_full", GROUPS, (("mma", "commit"),)),
-            # The first three quarters of P are stored, and O may be accumulated into.
+            # The first part of P is stored, and O may be accumulated into.
             Barrier("p_ready", GROUPS, (("softmax", how), ("correction", how)), to),
+            *more,
             Barrier("p_last", GROUPS, (("softmax", how),), to),
             # A work tile's row sums and maxima, where fades were before. They are read, or without
             # a skip all fades are: with one, every KV tile has a fade, and they have decision_read.

@@ -234,6 +234,17 @@ def polynomials(head_dim: int, features: Features) -> int:
     return 2 if head_dim == 128 or masked else 4
 
 
+def parts_of_p(head_dim: int, features: Features) -> tuple[int, ...]:
+    """`Plan.p_parts` of a tile of 128 keys.
+
+    P V that begins with five eighths of P is over when the last eighth is through, but it costs
+    instructions. It pays where the tensor core has nothing else to do: at 128 the way from one S of
+    a Q tile to the next is longer than the products of both Q tiles, and with skip-softmax those
+    of a tile that is kept between others are all there are.
+    """
+    return (5, 7, 8) if head_dim == 128 or features.skip else (6, 8)
+
+
 @functools.cache
 def make_plan(
     head_dim: int, head_dim_v: int, dtype: torch.dtype, out_dtype: torch.dtype, features: Features,
@@ -247,26 +258,25 @@ def make_plan(
     keep the special-function unit busy for 2048 cycles, the tensor core for 8 a column of K and of
     V: at 128 as many exponentials go by polynomial as leave the former well below the latter, at 64
     and 96 as many as instructions allow.
-    P V may begin when five eighths of P are stored and then never waits long, as another eighth is
-    hardly longer in the making than in the product: at 128 the tensor core's chain from S to S has
-    nearly as many cycles as its work, and at 64 and 96 others bind.
     The bits of a block mask take the place of a chunk buffer; at (192, 128) they make tiles of 64
     keys, whose output has buffers of its own.
     """
+    parts = parts_of_p(head_dim, features)
     if head_dim == 192 and features.block_mask is None:
         return Plan(
             head_dim, head_dim_v, dtype, out_dtype, features, v_stages=1, o_over_v=True,
-            p_parts=(5, 7, 8), op=op or Op(),
+            p_parts=parts, op=op or Op(),
         )  # fmt: skip
     if head_dim == 256:
         return Plan(
             head_dim, head_dim_v, dtype, out_dtype, features, pair=True, q_tiles=1,
-            o_stages=1 if features.block_mask else 2, p_parts=(5, 7, 8), op=op or Op(),
+            o_stages=1 if features.block_mask else 2, p_parts=parts, op=op or Op(),
         )  # fmt: skip
+    tile_n = 64 if head_dim == 192 else 128
     plan = Plan(
-        head_dim, head_dim_v, dtype, out_dtype, features, tile_n=64 if head_dim == 192 else 128,
+        head_dim, head_dim_v, dtype, out_dtype, features, tile_n=tile_n,
         o_stages=1 if features.block_mask else 2,
-        p_parts=(5, 7, 8) if head_dim == 128 else (6, 8),
+        p_parts=parts if tile_n == 128 else (6, 8),
         by_polynomial=polynomials(head_dim, features),
         op=op or Op(),
     )  # fmt: skip

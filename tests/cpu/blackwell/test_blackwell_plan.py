@@ -54,6 +54,8 @@ def test_budgets():
     with pytest.raises(ValueError, match=r"shared memory: .*'K': 98304"):
         plan(k_stages=3)
     assert sum(32 * len(role.warps) * role.registers for role in plan().roles) <= 64 << 10
+    with pytest.raises(ValueError, match=r"parts of P end in a K step: \(5, 8\) of 8, 64 keys"):
+        plan(tile_n=64, p_parts=(5, 8))
 
 
 def test_arrive_counts_follow_from_the_roles():
@@ -68,6 +70,9 @@ def test_arrive_counts_follow_from_the_roles():
         "o_full": 1,
         "chunk_full": 4, "chunk_empty": 1,
     }  # fmt: skip
+    thirds = prefill_topology(plan(p_parts=(5, 7, 8)))
+    assert thirds.size == topology.size + 2
+    assert thirds.arrivals("p_more") == thirds.arrivals("p_last") == 128
     assert topology.first_named("fade") == 1
     assert topology.named == 9, "eight softmax warps, each with a barrier of its own"
     roles = (Role("a", (0, 1), 64), Role("b", (2,), 64))

@@ -15,9 +15,10 @@ against the specification's replay, and a difference ends the command with exit 
 
 Columns: *cycles* of the slowest CTA's timeline, in which shared memory does not compete, and how
 many more, or the gain; *tensor core*, how much of these cycles it works; *bound*, the unit that
-needs the most cycles, how many, and the gain if nothing else took time; then warp instructions of
-each role per pair of query block and KV tile, without register moves. *By products* is the gain at
-which Q Kᵀ, which no decision saves, leaves the tensor core: (D + Dv) / (D + (1 − share) Dv).
+needs the most cycles, how many, and the most that can be gained for it (a launch takes its timeline
+or its bound, whichever is longer); then warp instructions of each role per pair of query block and
+KV tile, without register moves. *By products* is the gain at which Q Kᵀ, which no decision saves,
+leaves the tensor core: (D + Dv) / (D + (1 − share) Dv).
 """
 
 from __future__ import annotations
@@ -128,16 +129,16 @@ def row(name: str, run: Run, without: Run, plan: Plan) -> str:
     """A line of the table."""
     pairs = run.counts[1]
     cycles = run.counters.cycles
-    units = model.estimate(run.counters, run.ctas)
+    bound, before = (model.estimate(r.counters, r.ctas) for r in (run, without))
+    most = max(without.counters.cycles, before.bound) / bound.bound
     classes = [i for i, kind in enumerate(CLASSES) if kind != "move"]
     by_warp = run.counters.by_warp[:, classes].sum(1)
-    before = without.counters.cycles
-    gain = before / cycles
+    gain = without.counters.cycles / cycles
     change = f"{100 / gain - 100:+.2f} %" if run.counts[0] == 0 else f"{gain:.2f}×"
     cells = [
         name, f"{run.counts[0]} of {run.counts[1]}", f"{cycles:,.0f}", change,
-        f"{100 * units.cycles['tensor core'] / cycles:.0f} %",
-        f"{units.bottleneck}, {units.bound:,.0f}, {before / units.bound:.2f}×",
+        f"{100 * bound.cycles['tensor core'] / cycles:.0f} %",
+        f"{bound.bottleneck}, {bound.bound:,.0f}, {most:.2f}×",
         *(f"{sum(by_warp[warp] for warp in plan.role(role).warps) / pairs:.0f}" for role in ROLES),
     ]  # fmt: skip
     return f"| {' | '.join(cells)} |"

@@ -77,18 +77,42 @@ def mma(
             # which the compiler must not know, or it makes a copy of the loop for it. What a branch
             # sets is hidden from it, too: else it computes that again, from the branch's condition.
             n = ptx.opaque(first - 1)
+            second = Int32(1)  # whether the second Q tile keeps KV tile n; −1: not known yet
             while n < end:
                 coming = work.after(tile, n, end)
                 k_tile = ptx.opaque(k_tiles.tile(k.index))
                 v_tile = ptx.opaque(v_tiles.tile(v.index))
                 v_used = Int32(0)
+                before, second, made = second, Int32(-1), Int32(0)
                 for t in cutlass.range_constexpr(plan.q_tiles):
                     if work.has(tile, q_tiles, t, n):
                         keep = Boolean(True)
-                        if cutlass.const_expr(plan.features.skip):
-                            keep = decision(shared, barriers, t, decisions[t])
-                            decisions[t] = decisions[t] ^ 1
+                        if cutlass.const_expr(plan.features.skip and t == 0):
+                            keep = decision(shared, barriers, 0, decisions[0])
+                            decisions[0] = decisions[0] ^ 1
+                        elif cutlass.const_expr(plan.features.skip):
+                            if second < 0:
+                                second = ptx.opaque(
+                                    Int32(decision(shared, barriers, 1, decisions[1]))
+                                )
+                            keep = second != 0
+                            decisions[1] = decisions[1] ^ 1
                         if keep:
+                            if cutlass.const_expr(plan.features.skip and t == 0):  # noqa: SIM102
+                                # P is in the making. The second Q tile, if it skipped the tile
+                                # before, decides meanwhile, and its next S may have nothing to
+                                # wait for; else it is P of this one that comes first.
+                                if (before == 0) & work.has(tile, q_tiles, 1, n):
+                                    second = ptx.opaque(
+                                        Int32(decision(shared, barriers, 1, decisions[1]))
+                                    )
+                                    if (second == 0) & work.has(tile, q_tiles, 1, coming):
+                                        barriers.wait("k_full", k.phase, k.index)
+                                        multiply_shared(
+                                            tS[1], q, q.tile(1), k_tiles, k_tile, qk_kind,
+                                            barriers.committing("s_full", 1),
+                                        )  # fmt: skip
+                                        made = ptx.opaque(Int32(1))
                             if v_used == 0:
                                 barriers.wait("v_full", v.phase, v.index)
                             v_used = ptx.opaque(Int32(1))
@@ -108,10 +132,11 @@ def mma(
                         if coming < end:
                             barriers.wait("k_full", k.phase, k.index)
                     if work.has(tile, q_tiles, t, coming):
-                        multiply_shared(
-                            tS[t], q, q.tile(t), k_tiles, k_tile, qk_kind,
-                            barriers.committing("s_full", t),
-                        )  # fmt: skip
+                        if cutlass.const_expr(t == 0) or made == 0:
+                            multiply_shared(
+                                tS[t], q, q.tile(t), k_tiles, k_tile, qk_kind,
+                                barriers.committing("s_full", t),
+                            )  # fmt: skip
                     elif n == q_tiles[t].end - 1 and work.has(tile, q_tiles, t, n):
                         barriers.commit("o_full", t)
                 if coming < end:

@@ -18,7 +18,9 @@ many more, or the gain; *tensor core*, how much of these cycles it works; *bound
 needs the most cycles, how many, and the most that can be gained for it (a launch takes its timeline
 or its bound, whichever is longer); then warp instructions of each role per pair of query block and
 KV tile, without register moves. *By products* is the gain at which Q Kᵀ, which no decision saves,
-leaves the tensor core: (D + Dv) / (D + (1 − share) Dv).
+leaves the tensor core: (D + Dv) / (D + (1 − share) Dv). Below are the cycles of every unit at the
+very share that was asked for, and the most that can be gained then: a KV tile costs what one does
+on average of the launch where none is skipped, a skipped one what is left of the first pattern's.
 """
 
 from __future__ import annotations
@@ -144,6 +146,23 @@ def row(name: str, run: Run, without: Run, plan: Plan) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def limits(share: float, without: Run, none: Run, some: Run) -> str:
+    """Cycles of every unit where ``share`` of the KV tiles are skipped; ``none`` and ``some``: of
+    the same problem. The longest is the most that can be gained."""
+    before, all_kept, left = (
+        model.estimate(done.counters, done.ctas) for done in (without, none, some)
+    )
+    weight = share * some.counts[1] / some.counts[0]
+    cycles = {
+        unit: kept + weight * (left.cycles[unit] - kept) for unit, kept in all_kept.cycles.items()
+    }
+    most = max(without.counters.cycles, before.bound) / max(cycles.values())
+    parts = ", ".join(
+        f"{unit} {cycles[unit]:,.0f}" for unit in sorted(cycles, key=lambda unit: -cycles[unit])
+    )
+    return f"At a share of {share:.2f}: {parts}; at most {most:.2f}×"
+
+
 def show(problem: ProblemText, kinds: Sequence[str], skipped: float) -> bool:
     """Print the table of ``problem``; whether all counters are the specification's."""
     plan, tiles = planned(problem, True)
@@ -164,6 +183,8 @@ def show(problem: ProblemText, kinds: Sequence[str], skipped: float) -> bool:
         runs.append((f"{kind} (by products {most:.2f}×)", done))
     for name, done in runs:
         print(row(name, done, without, plan), flush=True)
+    if runs[2][1].counts[0]:
+        print("\n" + limits(skipped, without, runs[1][1], runs[2][1]))
     wrong = [done for _, done in runs if done.counts != done.expected]
     for done in wrong:
         print(f"counters {done.counts}, the specification has {done.expected}")

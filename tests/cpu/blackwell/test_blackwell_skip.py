@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from cute_fmha.problem import SkipSoftmax
+from cute_fmha.problem_text import parse
 from cute_fmha.testing import Heads, Options, Source, Tiles, check, dense_case
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 
 import prefill_harness as harness
+
+from cute_fmha.bench import skipping
 
 TILES = Tiles(128, 128, False)
 GQA = Heads(4, 2, 128, 128)
@@ -54,6 +57,21 @@ def test_decisions_at_other_head_dims(dims):
         out, lse, _ = harness.run(case, policy, skip=skip.value, stats=stats, features=SKIP)
         check(case, out, lse, TILES, skip)
         assert stats.tolist() == [expected.skipped, expected.total]
+
+
+@policies
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("kind", ["spread", "apart"])
+def test_tiles_kept_between_skipped_ones(policy, dim, kind):
+    """Of one Q tile alone, whose neighbour's next S is made before its P V, or of both."""
+    low = skipping.pattern(kind, 3, 9, 0.6)
+    assert int((low[0] ^ low[1]).sum()) == (0 if kind == "spread" else 6)
+    case = skipping.skip_case(parse(f"sq300,sk1100,hq2,hkv1,d{dim},fp16"), TILES, low)
+    skip = SkipSoftmax(math.exp(-6.0))
+    stats = torch.zeros(2, dtype=torch.int64)
+    out, lse, _ = harness.run(case, policy, skip=skip.value, stats=stats, features=SKIP)
+    check(case, out, lse, TILES, skip)
+    assert stats.tolist() == [2 * int(low.sum()), 2 * low.numel()]
 
 
 @pytest.mark.parametrize("tensor", [False, True])

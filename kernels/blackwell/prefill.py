@@ -51,7 +51,9 @@ K has a warp of its own, so that no decision stands before it: it is as many til
 are stages. V(n) is asked for when the first Q tile keeps tile n, and has the time of that tile's
 exponentials to arrive. Nobody waits for the votes of the four warps to come together: a warp goes
 on with `plan.ahead` exponentials, which are lost where the tile is skipped. Then also V, P V, the
-other exponentials and the correction go, and S of the next tile overwrites this one.
+other exponentials and the correction go, and S of the next tile overwrites this one; that of Q
+tile 1 also before P V of Q tile 0, whose P is still in the making (`mma`). P is handed on in parts
+(`Plan.p_parts`), so that P V begins before all of it is there.
 
 A pair of CTAs (Dv 256): MMAs of 256 rows, from the first CTA's MMA warp for both. Each CTA has its
 128 rows of Q, S, P and O, of every KV tile half of the keys of K and half of the columns of V.

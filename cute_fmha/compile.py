@@ -26,7 +26,7 @@ from typing import Any
 
 from cute_fmha import cache, machine_code
 from cute_fmha.kernels.blackwell import launch
-from cute_fmha.kernels.blackwell.plan import SHARED_BYTES
+from cute_fmha.kernels.blackwell.kernel_plan import SHARED_BYTES
 from cute_fmha.problem import Target
 from cute_fmha.problem_text import SYNTAX, ProblemError, ProblemText, parse
 

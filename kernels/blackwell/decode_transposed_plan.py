@@ -9,8 +9,8 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op
-from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan
-from cute_fmha.kernels.blackwell.plan import OTHER_BYTES, Features, Role
+from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan, Role
+from cute_fmha.kernels.blackwell.plan import OTHER_BYTES, Features
 from cute_fmha.kernels.blackwell.tmem import Region, TmemMap
 
 BLOCK = 64

@@ -4,12 +4,36 @@ and what all kernels ask of a problem."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 
-from cute_fmha.kernels.blackwell.plan import REGISTERS, SHARED_BYTES, Role, unsuited_target
 from cute_fmha.kernels.blackwell.tmem import TmemMap
 from cute_fmha.problem import Problem, Target
+
+SHARED_BYTES = 227 << 10
+"""Dynamic shared memory that one CTA may have."""
+
+REGISTERS = 64 << 10
+"""32-bit registers of an SM; a CTA of these kernels may take them all."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """Warps with one task, and the registers each of their threads has.
+
+    The unit of ``setmaxnreg`` is a warpgroup: roles that share one have the same count. With
+    ``groups`` the warps form equal groups, one per Q tile; a group signals its own barriers only.
+    """
+
+    name: str
+    warps: tuple[int, ...]
+    registers: int
+    groups: int = 1
+
+    @property
+    def group_warps(self) -> int:
+        return len(self.warps) // self.groups
 
 
 class KernelPlan(ABC):
@@ -50,6 +74,15 @@ class KernelPlan(ABC):
     @property
     def shared_bytes(self) -> int:
         return sum(self.shared_parts.values())
+
+
+def unsuited_target(target: Target) -> str | None:
+    """Why no Blackwell kernel runs on ``target``; None when they do."""
+    cuda = target.device_type == "cuda"
+    if cuda and target.arch in (100, 103):
+        return None
+    got = target.arch / 10 if cuda else target.device_type
+    return f"the Blackwell kernels need compute capability 10.0 or 10.3; got {got}"
 
 
 def unsuited_inputs(

@@ -10,8 +10,8 @@ import torch
 
 from cute_fmha.kernels.blackwell.cutting import Cut, Cutting, Slots
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
-from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan, unsuited_inputs
-from cute_fmha.kernels.blackwell.plan import REGISTERS, Features, Role
+from cute_fmha.kernels.blackwell.kernel_plan import REGISTERS, KernelPlan, Role, unsuited_inputs
+from cute_fmha.kernels.blackwell.plan import Features
 from cute_fmha.kernels.blackwell.tmem import TMEM_COLUMNS, Region, TmemMap
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 from cute_fmha.problem import MLA_HEAD_DIMS, Problem, Target

@@ -8,14 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, unsuited
+from cute_fmha.kernels.blackwell.kernel_plan import KernelPlan, Role, unsuited_inputs
 from cute_fmha.kernels.blackwell.tmem import TmemMap, attention_map
 from cute_fmha.problem import Problem, Target
-
-SHARED_BYTES = 227 << 10
-"""Dynamic shared memory that one CTA may have."""
-
-REGISTERS = 64 << 10
-"""32-bit registers of an SM; a CTA of this kernel takes them all."""
 
 OTHER_BYTES = 1024
 """Shared memory kept for barriers, decisions and alignment."""
@@ -34,24 +29,6 @@ MASK_TILES = 8192
 
 HEAD_DIMS = ((64, 64), (96, 96), (128, 128), (192, 128), (256, 256))
 """(D, Dv) that the prefill kernel has plans for."""
-
-
-@dataclass(frozen=True)
-class Role:
-    """Warps with one task, and the registers each of their threads has.
-
-    The unit of ``setmaxnreg`` is a warpgroup: roles that share one have the same count. With
-    ``groups`` the warps form equal groups, one per Q tile; a group signals its own barriers only.
-    """
-
-    name: str
-    warps: tuple[int, ...]
-    registers: int
-    groups: int = 1
-
-    @property
-    def group_warps(self) -> int:
-        return len(self.warps) // self.groups
 
 
 @dataclass(frozen=True)
@@ -93,7 +70,7 @@ class Features:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(KernelPlan):
     """Tiles, stages, warps, registers and memory of one kernel.
 
     A work tile is ``q_tiles`` × ``tile_m`` rows of one query head: each Q tile has its own softmax
@@ -120,28 +97,18 @@ class Plan:
     )
     ahead: int = 16  # exponentials of a row that do not wait for the decision on their KV tile
     pack: int = 1  # heads of a group that share Q tiles; a row is one head of a position
-    p_parts: tuple[int, ...] = (
-        6,
-        8,
-    )  # eighths of a tile of P that are there when some is handed on
+    p_parts: tuple[int, ...] = (6, 8)  # eighths of P that are there when some is handed on
     by_polynomial: int = 0  # of 16 exponentials, those without the special-function unit
     rescale_threshold: float = 3.0  # log2 that a maximum rises by before O is rescaled
     pair: bool = False
     op: Op = field(default_factory=Op)
 
     def __post_init__(self) -> None:
-        self.tmem  # noqa: B018  (its construction checks the map)
-        if self.shared_bytes > SHARED_BYTES:
-            raise ValueError(
-                f"shared memory: {self.shared_bytes} bytes of {SHARED_BYTES} ({self.shared_parts})"
-            )
+        super().__post_init__()
         if self.o_over_v and self.o_bytes > self.shared_parts["V"]:
             raise ValueError(f"O has {self.o_bytes} bytes over V: {self.shared_parts}")
         if any(part * self.tile_n % 128 for part in self.p_parts):
             raise ValueError(f"parts of P end in a K step: {self.p_parts} of 8, {self.tile_n} keys")
-        registers = sum(32 * len(role.warps) * role.registers for role in self.roles)
-        if registers > REGISTERS:
-            raise ValueError(f"registers: {registers} of {REGISTERS}")
 
     @functools.cached_property
     def tmem(self) -> TmemMap:
@@ -174,13 +141,6 @@ class Plan:
             Role("epilogue", (14,), 48),
             Role("load_values", (15,), 48),
         )
-
-    def role(self, name: str) -> Role:
-        return next(role for role in self.roles if role.name == name)
-
-    @property
-    def threads(self) -> int:
-        return 32 * sum(len(role.warps) for role in self.roles)
 
     @property
     def work_rows(self) -> int:
@@ -220,10 +180,6 @@ class Plan:
             "statistics": GROUPS * self.tile_m * 2 * 4,
             "other": OTHER_BYTES,
         }
-
-    @property
-    def shared_bytes(self) -> int:
-        return sum(self.shared_parts.values())
 
 
 def polynomials(head_dim: int, features: Features) -> int:
@@ -311,28 +267,13 @@ def packed_heads(problem: Problem, tile_rows: int) -> int:
     return group if not decides or 4 * together < 3 * apart else 1
 
 
-def unsuited_target(target: Target) -> str | None:
-    """Why no Blackwell kernel runs on ``target``; None when they do."""
-    cuda = target.device_type == "cuda"
-    if cuda and target.arch in (100, 103):
-        return None
-    got = target.arch / 10 if cuda else target.device_type
-    return f"the Blackwell kernels need compute capability 10.0 or 10.3; got {got}"
-
-
 def can_implement(problem: Problem, target: Target) -> str | None:
     """Why the prefill kernel cannot run ``problem`` on ``target``; None when it can."""
-    dims = (problem.head_dim, problem.head_dim_v)
-    if (reason := unsuited_target(target)) is not None:
+    reason = unsuited_inputs(problem, target, "the prefill kernel", "attention", HEAD_DIMS)
+    if reason is not None:
         return reason
-    if problem.op != "attention":
-        return f"the prefill kernel has no {problem.op}"
     if problem.layout == "paged":
         return "the prefill kernel takes dense and packed keys; got paged ones"
-    if problem.dtype not in (torch.bfloat16, torch.float16):
-        return f"the prefill kernel takes bfloat16 and float16; got {problem.dtype}"
-    if dims not in HEAD_DIMS:
-        return f"the prefill kernel has (D, Dv) in {HEAD_DIMS}; got {dims}"
     no_keys = problem.seqlen_k == 0 and not problem.packed_q
     if problem.seqlen_q == 0 or no_keys or problem.batch == 0:
         return "the prefill kernel needs at least one sequence, query and key"

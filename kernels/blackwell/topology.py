@@ -18,7 +18,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cute_fmha.kernels.blackwell.plan import GROUPS, WORK_STAGES, Plan, Role
+from cute_fmha.kernels.blackwell.kernel_plan import Role
+from cute_fmha.kernels.blackwell.plan import GROUPS, WORK_STAGES, Plan
 
 How = Literal["warp", "thread", "each", "leader", "commit", "bytes"]
 To = Literal["own", "first", "other", "both"]

@@ -17,8 +17,8 @@ from cute_fmha.epilogues.base import Row, kind_of
 from cute_fmha.epilogues.store import Store
 from cute_fmha.kernels.blackwell.device import DTYPES
 from cute_fmha.kernels.blackwell.epilogue import Leaving, Op, device_view
+from cute_fmha.kernels.blackwell.kernel_plan import Role
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Cursor
-from cute_fmha.kernels.blackwell.plan import Role
 from cute_fmha.kernels.blackwell.ragged import cut, ragged
 from cute_fmha.kernels.blackwell.topology import Barrier, Topology
 

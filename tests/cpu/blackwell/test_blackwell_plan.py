@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from cute_fmha.epilogues.base import Kind
+from cute_fmha.kernels.blackwell.kernel_plan import Role
 from cute_fmha.kernels.blackwell.plan import (
     HEAD_DIMS,
     Features,
     Plan,
-    Role,
     can_implement,
     make_plan,
     packed_heads,

@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cute_fmha.testing import Heads, Options, Source, dense_case
+from cute_fmha.problem_text import parse
+from cute_fmha.testing import Heads, Options, Source, Tiles, dense_case
 
 pytest.importorskip("cutlass", reason="CuTe DSL (extra cu13) is not installed")
 
 import prefill_harness as harness
 
+from cute_fmha.bench import skipping
 from cute_fmha.emulator import mutate
 
 POLICIES = {  # one CTA at a time, which takes all work
@@ -50,9 +52,14 @@ def launch_of(name, width=128):
     """Heads on one CTA or pair, whose maxima grow from tile to tile; more keys than buffers."""
     heads = Heads(3, 3, width, width)
     if name == "skip":
-        source = Source(torch.float16, gap=12.0, gap_block=128)
-        queries, keys = (256, 900) if width == 128 else (300, 1800)
-        case = dense_case(1, queries, keys, heads, source=source)
+        if width == 128:
+            # Both Q tiles keep a tile, either does, and one whose S was made early is kept.
+            low = torch.tensor([[x == "-" for x in tiles] for tiles in ("X--XX-X-", "X---XX-X")])
+            problem = parse("sq256,sk900,hq3,hkv3,d128,fp16")
+            case = skipping.skip_case(problem, Tiles(128, 128, False), low)
+        else:
+            source = Source(torch.float16, gap=12.0, gap_block=128)
+            case = dense_case(1, 300, 1800, heads, source=source)
         stats = torch.zeros(2, dtype=torch.int64)
         features = {"skip": True, "count": True}
         return harness.capture(case, skip=math.exp(-6.0), stats=stats, features=features)

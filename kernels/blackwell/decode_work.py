@@ -14,6 +14,7 @@ from cutlass import Boolean, Float32, Int32
 from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell.cutting import Cut
 from cute_fmha.kernels.blackwell.decode_arguments import Scalars
+from cute_fmha.kernels.blackwell.mask import window_sides
 from cute_fmha.kernels.blackwell.pipelines import Fixed
 from cute_fmha.kernels.blackwell.splitkv import SplitKV, Workspace
 from cute_fmha.kernels.blackwell.worklist import Piece, Sizes, WorkList, find
@@ -45,12 +46,8 @@ class DecodeWork(Fixed):
                 self.splitkv.start(self.workspace)
 
     def window(self) -> tuple[Any, Any]:
-        """Window sides; the Python integer −1 for a side that is not compiled in."""
-        features = self.plan.features
-        return (
-            self.scalars.window_left if features.window_left else -1,
-            self.scalars.window_right if features.window_right else -1,
-        )
+        """See `window_sides`."""
+        return window_sides(self.plan.features, self.scalars)
 
     def skip_value(self, piece: Piece) -> Float32:
         """λ for a sequence."""

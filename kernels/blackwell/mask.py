@@ -8,6 +8,15 @@ import cutlass
 from cutlass import Float32, Int32
 
 from cute_fmha.kernels.blackwell import ptx
+from cute_fmha.kernels.blackwell.plan import Features
+
+
+def window_sides(features: Features, scalars: Any) -> tuple[Any, Any]:
+    """Window sides; the Python integer −1 for a side that is not compiled in."""
+    return (
+        scalars.window_left if features.window_left else -1,
+        scalars.window_right if features.window_right else -1,
+    )
 
 
 def mask_row(

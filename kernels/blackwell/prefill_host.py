@@ -48,13 +48,12 @@ def cycles(problem: Problem, target: Target) -> float:
     128 keys the emulator's timelines give 1700 cycles and 5 for a column, and for a pair of SMs the
     2048 of the tensor core; see notes/measurements.md.
     """
-    pair = problem.head_dim_v == 256
-    rows = 2 * Plan.tile_m
-    pack = packed_heads(problem, rows)
-    work_tiles = ceil_div(problem.seqlen_q * pack, rows) * problem.heads_q // pack * problem.batch
+    plan = plan_of(problem)
+    blocks = ceil_div(problem.seqlen_q * plan.pack, plan.work_rows)
+    work_tiles = blocks * problem.heads_q // plan.pack * problem.batch
     tiles = ceil_div(problem.seqlen_k, 128)
-    waves: int = ceil_div(work_tiles, target.num_sms // (2 if pair else 1))
-    return waves * tiles * (2048 if pair else 1700 + 5 * problem.head_dim)
+    waves: int = ceil_div(work_tiles, target.num_sms // plan.ctas)
+    return waves * tiles * (2048 if plan.pair else 1700 + 5 * problem.head_dim)
 
 
 def skip_tiles(plan: Plan) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import cutlass
@@ -41,11 +42,10 @@ def gates(
     plan: Plan, barriers: Barriers, group: Any, phase: Int32
 ) -> tuple[dict[int, int], tuple[Int32, Int32]]:
     """What steps over P of a group wait for, as `multiply_tmem` has it."""
-    begins = (part * plan.tile_n // 128 for part in plan.p_parts)
-    names = (name for _, name in plan.p_handed[1:])
-    places = {step: barriers.place(name, group) for step, name in zip(begins, names, strict=False)}
-    address = next(address for address, _ in places.values())
-    return {step: offset for step, (_, offset) in places.items()}, (address, phase)
+    offsets = {}
+    for (part, _), (_, name) in itertools.pairwise(plan.p_handed):
+        address, offsets[part * plan.tile_n // 128] = barriers.place(name, group)
+    return offsets, (address, phase)
 
 
 @cute.jit

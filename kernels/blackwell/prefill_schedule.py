@@ -34,10 +34,10 @@ from cute_fmha import tiling
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.blockmask import TileBits
 from cute_fmha.kernels.blackwell.device import device_function
+from cute_fmha.kernels.blackwell.mask import window_sides
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
 from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
-from cute_fmha.kernels.blackwell.prefill_work import sides
 
 kv_tile_ranges = device_function(tiling.kv_tile_ranges)
 
@@ -329,7 +329,7 @@ class Schedule(Fixed):
         position_end = cutlass.min(position + per_tile, sequence.seqlen_q)
         begin, full_begin, full_end, end = kv_tile_ranges(
             position, position_end, sequence.seqlen_q, sequence.seqlen_k,
-            *sides(plan, self.scalars), plan.tile_n,
+            *window_sides(plan.features, self.scalars), plan.tile_n,
         )  # fmt: skip
         if position >= sequence.seqlen_q or end <= begin:
             begin, full_begin, full_end, end = Int32(0), Int32(0), Int32(0), Int32(0)

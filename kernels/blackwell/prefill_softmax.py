@@ -194,16 +194,19 @@ def kv_tile(
         lengths = work.lengths(tile)
         position = work.position(row)
         scores = mask_row(scores, position, n * plan.tile_n, lengths, work.window(), seen)
-    if cutlass.const_expr(plan.features.skip):
+    running, needed = state.maximum, state.needed
+    if cutlass.const_expr(plan.features.skip or plan.pair):
         tile_max = row_maximum(scores, Float32(-Float32.inf))
-        running, needed = state.maximum, state.needed
         if cutlass.const_expr(plan.pair):
             running, needed = told(group, later, row, tile, phases)
-        ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives
-        vote(group, cute.arch.vote_any_sync(tile_max >= needed))
-        maximum, fade = new_maximum(
-            running, cute.arch.fmax(running, tile_max), scalars.scale_log2, plan.rescale_threshold
-        )
+        if cutlass.const_expr(plan.features.skip):
+            ptx.tcgen05_fence_before()  # of every lane's reads of S, before one lane arrives
+            vote(group, cute.arch.vote_any_sync(tile_max >= needed))
+        reached = cute.arch.fmax(running, tile_max)
+    else:
+        reached = row_maximum(scores, running)
+    maximum, fade = new_maximum(running, reached, scalars.scale_log2, plan.rescale_threshold)
+    if cutlass.const_expr(plan.features.skip):
         minus_max = -maximum * scalars.scale_log2
         ahead = exponentials(
             scores[: plan.ahead], scalars.scale_log2, minus_max, plan.by_polynomial
@@ -223,29 +226,18 @@ def kv_tile(
             if keep:
                 total = probabilities(group, ahead, scores, tP, minus_max, state.total * fade)
                 state = RowState(maximum, total, kept_needed)
-        phases = replace(phases, s=phases.s ^ 1)
     else:
         if cutlass.const_expr(plan.pair):
-            tile_max = row_maximum(scores, Float32(-Float32.inf))
-            running, needed = told(group, later, row, tile, phases)
-            maximum, _ = new_maximum(
-                running, cute.arch.fmax(running, tile_max), scalars.scale_log2,
-                plan.rescale_threshold,
-            )  # fmt: skip
             state = tell_maximum(group, RowState(maximum, state.total, needed), state)
             total = state.total
         else:
-            tile_max = row_maximum(scores, state.maximum)
-            maximum, fade = new_maximum(
-                state.maximum, tile_max, scalars.scale_log2, plan.rescale_threshold
-            )
             if later:
                 tell_fade(group, fade)
             total = state.total * fade
         minus_max = -maximum * scalars.scale_log2
         total = probabilities(group, [], scores, tP, minus_max, total)
         state = RowState(maximum, total, state.needed)
-        phases = replace(phases, s=phases.s ^ 1)
+    phases = replace(phases, s=phases.s ^ 1)
     return state, phases
 
 

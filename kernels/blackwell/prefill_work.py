@@ -28,6 +28,7 @@ from cutlass import Boolean, Int32, Uint32
 from cute_fmha.epilogues.base import Row
 from cute_fmha.kernels.blackwell import ptx
 from cute_fmha.kernels.blackwell.blockmask import MIXED, VISIBLE, TileBits
+from cute_fmha.kernels.blackwell.mask import window_sides
 from cute_fmha.kernels.blackwell.pipelines import Barriers, Carried, Fixed
 from cute_fmha.kernels.blackwell.plan import HEADER, RANGE, SEQLENS, Plan
 from cute_fmha.kernels.blackwell.prefill_operands import Global, Scalars, Shared
@@ -67,15 +68,6 @@ class KeyTiles(Carried):
     @property
     def any(self) -> Boolean:
         return self.end > self.begin
-
-
-def sides(plan: Plan, scalars: Scalars) -> tuple[Any, Any]:
-    """Window sides; the Python integer −1 for a side that is not compiled in."""
-    features = plan.features
-    return (
-        scalars.window_left if features.window_left else -1,
-        scalars.window_right if features.window_right else -1,
-    )
 
 
 class Work(Fixed):
@@ -251,7 +243,7 @@ class Work(Fixed):
         return first, end, tiles
 
     def window(self) -> tuple[Any, Any]:
-        return sides(self.plan, self.scalars)
+        return window_sides(self.plan.features, self.scalars)
 
     # ------------------------------------------------------------------ tensors of a sequence
 

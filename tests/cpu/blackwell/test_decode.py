@@ -53,10 +53,8 @@ def case_of(
 ) -> AttentionCase:  # fmt: skip
     """Keys of some sequences; causal unless told. What must not be read is NaN."""
     options.setdefault("causal", True)
-    shape, drawn = (
-        Heads(*heads, width, width),
-        Source(dtype, seed=seed, **{"std": 0.5, **(source or {})}),
-    )
+    shape = Heads(*heads, width, width)
+    drawn = Source(dtype, seed=seed, **{"std": 0.5, **(source or {})})
     if page_size:
         return paged_case(seqlen_q, lengths, page_size, shape, Options(**options), drawn)
     return dense_case(

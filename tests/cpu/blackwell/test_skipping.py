@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cute_fmha.problem import SkipSoftmax
 from cute_fmha.problem_text import parse
 from cute_fmha.testing import Tiles
 
@@ -38,7 +40,7 @@ def test_what_is_skipped(kind):
     assert tiles == Tiles(128, 128, False)
     low = skipping.pattern(kind, 3, 9, 0.6)
     case = skipping.skip_case(problem, tiles, low)
-    skip = skipping.SkipSoftmax(skipping.math.exp(-skipping.GAP / 2))
+    skip = SkipSoftmax(math.exp(-skipping.GAP / 2))
     assert case.oracle(tiles, skip).margin > 2.0
     done = skipping.run(problem, case, skip)
     assert done.counts == done.expected == (2 * int(low.sum()), 2 * low.numel())
@@ -52,7 +54,7 @@ def test_a_pattern_of_a_pair():
     assert tiles.tile_m == 256
     low = skipping.pattern("apart", 3, 6, 0.5)
     assert not torch.equal(low[0], low[1])
-    skip = skipping.SkipSoftmax(skipping.math.exp(-skipping.GAP / 2))
+    skip = SkipSoftmax(math.exp(-skipping.GAP / 2))
     done = skipping.run(problem, skipping.skip_case(problem, tiles, low), skip)
     assert done.counts == done.expected == (int(low.sum()), low.numel())
 
